@@ -1,0 +1,49 @@
+"""Where and in what precision the computing is done."""
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from mte_bench.errors import UserError
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` (CUDA, else MPS, else CPU) or a torch device string; raises ``UserError`` if it is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the device computes it natively (CUDA compute capability 8 and later), else float32."""
+    if name == "auto":
+        native = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+        return torch.bfloat16 if native else torch.float32
+    if name not in PRECISIONS:
+        raise UserError(f"precision '{name}': one of auto, {', '.join(PRECISIONS)}")
+    return PRECISIONS[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Mixed precision for ``dtype`` below float32, otherwise nothing."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory used so far, in bytes: of the device if it has its own, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,46 @@
+"""One look for every picture: colour-blind-safe, labelled, legible in light and dark pages."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mte_bench.files import atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: distinct for every common kind of colour vision.
+BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, BLACK = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000",
+)  # fmt: skip
+COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, BLACK)
+
+_STYLE: dict[str, Any] = {
+    "figure.facecolor": "white",
+    "figure.dpi": 150,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.hashsalt": "mte-bench",
+}
+
+
+@contextmanager
+def picture(path: str | Path, width: float = 6.4, height: float = 4.0) -> Iterator["Figure"]:
+    """Yield an empty matplotlib figure of the house style (inches); on success write it to ``path`` (.png) atomically.
+
+    The bytes are the same for the same drawing. No display is needed and pyplot's global state is not touched.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        with atomic(path) as temporary:
+            figure.savefig(temporary, metadata={"Software": None})

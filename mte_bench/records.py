@@ -1,0 +1,184 @@
+"""Records: one result with all that is needed to trust and repeat it (``record.json``)."""
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from mte_bench import __version__
+from mte_bench.errors import UserError
+from mte_bench.files import write_json
+from mte_bench.settings import Settings
+
+SCHEMA_VERSION = 1
+RECORD_NAME = "record.json"
+PREDICTIONS_NAME = "predictions.parquet"
+
+
+class Metric(Settings):
+    """One number: percentages are 0 to 100; ``ci95`` is a bootstrap over the ``n`` images, never over seeds."""
+
+    value: float
+    ci95: tuple[float, float] | None = None
+    n: int = Field(ge=0)
+
+
+class Protocol(Settings):
+    """The named settings of the evaluation, resolved."""
+
+    name: str
+    version: int = 1
+    settings: dict[str, Any] = {}
+
+
+class Subject(Settings):
+    """What was measured: the encoder in a checkpoint, and where it comes from."""
+
+    checkpoint: str
+    sha256: str
+    family: str
+    arch: str
+    image_size: int | None = None
+    method: str | None = None
+    mte: bool = False
+    epochs: float | None = None
+    seed: int | None = None
+    recipe: str | None = None
+    recipe_hash: str | None = None
+    pretrain_data: str | None = None
+
+
+class Data(Settings):
+    """The images: ``images`` counts each split used; ``fingerprint`` hashes names, sizes and labels."""
+
+    source: str
+    split: str
+    images: dict[str, int]
+    classes: int | None = None
+    fingerprint: str
+    subset: str | None = None
+    corrupt: list[str] = []
+
+
+class Cost(Settings):
+    """Wall-clock seconds of the task, images per second of its encoder pass, peak memory of process or device."""
+
+    seconds: float
+    images_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+class Record(Settings):
+    """One result of one task on one subject."""
+
+    schema_version: int = SCHEMA_VERSION
+    task: str
+    protocol: Protocol
+    subject: Subject
+    data: Data
+    metrics: dict[str, Metric]
+    cost: Cost
+    environment: dict[str, Any]
+    command: str
+    created: str
+    predictions: str | None = None
+    files: dict[str, str] = {}
+    details: dict[str, Any] = {}
+
+
+def make_record(**parts: Any) -> Record:
+    """A record with the time, command and environment of now."""
+    parts.setdefault("environment", environment())
+    parts.setdefault("command", shlex.join(["mte-bench", *sys.argv[1:]]))
+    parts.setdefault("created", datetime.now(UTC).isoformat(timespec="seconds"))
+    return Record.check(parts, "record")
+
+
+def write_record(folder: str | Path, record: Record) -> Path:
+    """Write ``folder/record.json`` atomically and return its path. Side files must be written first."""
+    path = Path(folder) / RECORD_NAME
+    write_json(path, record.model_dump(mode="json"))
+    return path
+
+
+def read_record(path: str | Path) -> Record:
+    """Read and validate one record file; raises ``UserError`` naming the file if it is broken or of another schema."""
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such record") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable record ({error})") from error
+    found = values.get("schema_version") if isinstance(values, dict) else None
+    if found != SCHEMA_VERSION:
+        raise UserError(f"{path}: record schema {found}, this version reads {SCHEMA_VERSION}; evaluate again")
+    return Record.check(values, str(path))
+
+
+def find_records(paths: Iterable[str | Path]) -> list[Path]:
+    """All ``record.json`` below the given folders (or the given files), sorted, each once."""
+    found: set[Path] = set()
+    for path in map(Path, paths):
+        if path.is_dir():
+            found.update(path.rglob(RECORD_NAME))
+        elif path.is_file():
+            found.add(path)
+        else:
+            raise UserError(f"{path}: no such run folder or record")
+    return sorted(found)
+
+
+_PACKAGES = ("torch", "torchvision", "timm", "faiss-cpu", "scikit-learn", "numpy", "pillow", "mte-bench")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and source state, as they go into a record."""
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            if package == "mte-bench":
+                versions[package] = __version__
+    cuda = torch.cuda.is_available()
+    return {
+        "versions": versions,
+        "device": torch.cuda.get_device_name() if cuda else f"{_processor()}, {torch.get_num_threads()} threads",
+        "platform": platform.platform(),
+        **_git_state(),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git_state() -> dict[str, Any]:
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return {"git_commit": None, "dirty": None}
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        return {"git_commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return {"git_commit": None, "dirty": None}

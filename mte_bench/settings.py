@@ -1,0 +1,122 @@
+"""Recipes and protocols: named YAML files, validated into frozen settings, overridable and hashed."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mte_bench.errors import UserError, did_you_mean
+from mte_bench.files import hash_of
+
+
+class Settings(BaseModel):
+    """Frozen settings that refuse unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits that change when, and only when, a setting changes."""
+        return hash_of(self.model_dump(mode="json"))
+
+    @classmethod
+    def check(cls, values: Any, where: str) -> Self:
+        """Validate ``values``; each mistake becomes part of one ``UserError`` line that names ``where`` and the key."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise UserError(f"{where}: " + "; ".join(_mistake(cls, dict(item)) for item in error.errors())) from error
+
+
+def _mistake(model: type[BaseModel], item: dict[str, Any]) -> str:
+    path = [part for part in item["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
+    key = ".".join(str(part) for part in path) or "settings"
+    if item["type"] == "extra_forbidden":
+        known = _fields(model, [str(part) for part in path[:-1]])
+        return f"unknown setting '{key}'" + did_you_mean(str(path[-1]), known)
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{key}: {message}" + ("" if item["type"] == "missing" else f", got {item['input']!r}")
+
+
+def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
+    """The keys that are known at ``path`` inside ``model``."""
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None:
+            continue  # an alternative of a union: its tag is not a field
+        inner = [t for t in _types(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
+        if not inner:
+            return []
+        if len(inner) > 1:
+            return sorted({name for t in inner for name in t.model_fields})
+        model = inner[0]
+    return list(model.model_fields)
+
+
+def _types(annotation: Any) -> list[Any]:
+    return [annotation, *(t for arg in getattr(annotation, "__args__", ()) for t in _types(arg))]
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names of the YAML files in ``folder``, sorted."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def load_yaml(name: str, folder: Path, kind: str) -> dict[str, Any]:
+    """Read ``name`` (a name in ``folder``, or a path ending in .yaml); ``kind`` ("recipe", "protocol") is for errors."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        hint = "" if name.endswith((".yaml", ".yml")) else did_you_mean(name, names_in(folder))
+        raise UserError(f"no {kind} named '{name}'{hint}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a {kind} is a mapping of settings, this is {type(values).__name__}")
+    return values
+
+
+def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Apply ``key.sub=value`` strings (values are YAML) to nested settings; returns a new mapping.
+
+    ``null`` sets None; a mapping value replaces the whole mapping at that key.
+    """
+    result = _copy(values)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {assignment}: write it as key=value")
+        *parents, last = key.split(".")
+        place = result
+        for parent in parents:
+            if place.get(parent) is None:
+                place[parent] = {}
+            place = place[parent]
+            if not isinstance(place, dict):
+                raise UserError(f"--set {assignment}: '{parent}' is not a group of settings")
+        try:
+            place[last] = _number(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {assignment}: the value is not valid YAML") from error
+    return result
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 5e-4 as text; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return [_number(item) for item in value] if isinstance(value, list) else value
+
+
+def _copy(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _copy(value) for key, value in values.items()}
+    return _number(values)

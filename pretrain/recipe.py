@@ -1,0 +1,132 @@
+"""A recipe: the complete settings of one pre-training, as its YAML file states them."""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from mte_bench.encoders.tokens import AuxiliarySettings
+from mte_bench.settings import Settings, load_yaml, override
+from pretrain.methods import METHODS
+
+RECIPES = Path(__file__).parent / "recipes"
+Probability = float
+
+
+class View(Settings):
+    """How one kind of view is made; the order is crop, flip, jitter, grayscale, blur, solarize, normalise."""
+
+    size: int = Field(224, gt=0)
+    scale: tuple[float, float] = (0.14, 1.0)
+    """Range of the crop's share of the image area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    flip: Probability = Field(0.5, ge=0, le=1)
+    jitter: Probability = Field(0.8, ge=0, le=1)
+    """Probability of colour jitter; ``jitter_strength`` holds brightness, contrast, saturation, hue."""
+    jitter_strength: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    grayscale: Probability = Field(0.2, ge=0, le=1)
+    blur: Probability = Field(0.0, ge=0, le=1)
+    blur_radius: tuple[float, float] = (0.1, 2.0)
+    """Range of the Gaussian's standard deviation in pixels of the view (PIL's ``radius``)."""
+    solarize: Probability = Field(0.0, ge=0, le=1)
+    solarize_threshold: int = 128
+
+
+class Views(Settings):
+    """Two global views and ``local_count`` local views of each image. Source: DINO's augmentation."""
+
+    global1: View = View(blur=1.0)
+    global2: View = View(blur=0.1, solarize=0.2)
+    local: View = View(size=96, scale=(0.05, 0.4), blur=0.5)
+    local_count: int = Field(0, ge=0)
+
+
+class Optimiser(Settings):
+    """AdamW, its schedules and what is done to the gradients. Source: DINO ``main_dino.py``."""
+
+    lr: float = Field(5e-4, ge=0)
+    """Learning rate per ``lr_per`` images of the global batch (linear scaling)."""
+    lr_per: int = Field(256, gt=0)
+    min_lr: float = Field(1e-6, ge=0)
+    warmup_epochs: float = Field(10, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = Field(0.04, ge=0)
+    weight_decay_end: float = Field(0.4, ge=0)
+    """Weight decay follows a cosine from ``weight_decay`` to this over the run; 1-D parameters and biases have none."""
+    clip: float | None = 3.0
+    """Largest L2 norm of each parameter tensor's own gradient (DINO clips per tensor); null does not clip."""
+
+
+class MTE(AuxiliarySettings):
+    """Multi-Token Enhancing: the auxiliary tokens (inherited) and how they enter the loss."""
+
+    heads: Literal["independent", "shared"] = "independent"
+    """One projection head per auxiliary token, or one for all (Table 2: independent is better)."""
+    fusion: Literal["mean", "normalised-mean"] = "mean"
+    """How projections are fused (14.3 no. 16). The mean equals the sum once the method normalises it;
+    ``normalised-mean`` first gives each projection unit length."""
+    weights: tuple[float, float] = (0.5, 0.5)
+    """Weights of the fused (4) and the global (5) loss in equation (6): they sum to the base method's scale
+    (14.3 no. 18), so clipping keeps its meaning."""
+    target: Literal["fused", "global"] = "fused"
+    """What of the teacher both losses are computed against; ``global`` is for checks against the plain method."""
+
+
+class Recipe(Settings):
+    """Everything that determines a pre-training run, apart from the data, the seed and the hardware."""
+
+    description: str = ""
+    method: str
+    method_settings: dict[str, Any] = {}
+    """Settings of the method's own class, validated by it."""
+    arch: str = "vit_small_patch16_224"
+    image_size: int = Field(224, gt=0)
+    patch_size: int | None = None
+    arch_options: dict[str, Any] = {}
+    """Further keyword arguments of the timm model (``embed_dim``, ``depth``, ...)."""
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    epochs: int = Field(100, gt=0)
+    batch_size: int = Field(1024, gt=1)
+    """Images of one optimiser step, over all processes and accumulated micro-batches."""
+    accumulate: int = Field(1, ge=1)
+    views: Views = Views()
+    optimiser: Optimiser = Optimiser()
+    momentum: tuple[float, float] = (0.996, 1.0)
+    """EMA momentum of the teacher: cosine from the first to the second over the run."""
+    mte: MTE | None = None
+    knn_every: int | None = None
+    """Measure k-NN every so many epochs on the data's val split (null: never)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} must be divisible by accumulate {self.accumulate}")
+        if self.views.global1.size != self.views.global2.size:
+            raise ValueError("views.global1.size and views.global2.size must be equal")
+        return self
+
+    @property
+    def title(self) -> str:
+        """The method's name as tables print it, e.g. ``DINO+MTE``."""
+        return METHODS[self.method].title + ("+MTE" if self.mte else "")
+
+
+def load_recipe(name: str, assignments: list[str] | None = None) -> Recipe:
+    """The recipe called ``name`` (or a YAML path) with ``key=value`` overrides; ``mte=true`` stands for MTE's defaults."""
+    values = override(load_yaml(name, RECIPES, "recipe"), assignments or [])
+    if values.get("mte") in (True, False):
+        values["mte"] = {} if values["mte"] else None
+    recipe = Recipe.check(values, f"recipe {name}")
+    _method_settings(recipe, name)
+    return recipe
+
+
+def _method_settings(recipe: Recipe, name: str) -> None:
+    """Raise a ``UserError`` now, not after the data is loaded, if the method or its settings are unknown."""
+    from mte_bench.errors import UserError, did_you_mean
+
+    if recipe.method not in METHODS:
+        raise UserError(f"recipe {name}: unknown method '{recipe.method}'{did_you_mean(recipe.method, METHODS)}")
+    METHODS[recipe.method].Settings.check(recipe.method_settings, f"recipe {name}: method_settings")
