@@ -1,0 +1,288 @@
+"""The encoder: any timm ViT or Swin; images in, one global token and patch tokens out.
+
+Auxiliary CLS tokens may travel along. Their queries see the kept tokens, the kept tokens never see them, and both
+streams are computed by calls of their own: what is kept comes out the same, bit for bit, with and without them, and
+no attention mask keeps the fused kernels from being used.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, DropPath
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mte_bench.errors import UserError, did_you_mean
+from mte_bench.settings import Settings
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Sight = Literal["everything", "not-global", "not-each-other", "patches-and-self"]
+
+
+class EncoderSpec(Settings):
+    """What determines an encoder apart from its weights."""
+
+    arch: str
+    image_size: int = 224
+    patch_size: int | None = None
+    options: dict[str, Any] = {}
+    """Further keyword arguments of ``timm.create_model``."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    @property
+    def timm_arguments(self) -> dict[str, Any]:
+        """Keyword arguments with which ``timm.create_model(arch, ...)`` builds the exported encoder."""
+        patch = {} if self.patch_size is None else {"patch_size": self.patch_size}
+        return {"num_classes": 0, "img_size": self.image_size, **patch, **self.options}
+
+
+class Tokens(NamedTuple):
+    """What an encoder makes of ``b`` images."""
+
+    global_token: Tensor
+    """``b c``: what an image is represented by (CLS for ViT, average-pooled token for Swin)."""
+    patches: Tensor
+    """``b n c``: patch tokens after the final norm."""
+    grid: tuple[int, int]
+    """Rows and columns of the patch tokens; ``n = rows * columns``."""
+    raw_patches: Tensor
+    """``b n c``: patch tokens before the final norm."""
+    auxiliary: Tensor | None = None
+    """``b a c``: auxiliary CLS tokens after the last block, before any norm."""
+    blocks: tuple[tuple[Tensor, Tensor], ...] = ()
+    """(global ``b c``, patches ``b n c``) after each block that was asked for, before the final norm."""
+    attention: Tensor | None = None
+    """``b heads n``: attention of the CLS query over the patches in the last block."""
+
+
+class SharedDropPath(nn.Module):
+    """Stochastic depth whose draws are given from outside, so that they do not depend on processes or restarts.
+
+    ``keep`` holds 0 or ``1 / (1 - rate)`` per image and is the same for an image's kept and auxiliary tokens.
+    With no draws given it is the identity, so a model in evaluation never needs them.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+        self.keep: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.keep is None or not self.training:
+            return x
+        return x * self.keep.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+class Encoder(nn.Module):
+    """A timm ViT or Swin behind one interface; ``model`` is the timm model, its state dict the exported encoder."""
+
+    def __init__(self, spec: EncoderSpec, model: nn.Module, drop_path: float = 0.0):
+        super().__init__()
+        self.spec = spec
+        self.model = model
+        self.is_vit = isinstance(model, VisionTransformer)
+        self.width: int = model.num_features  # type: ignore[assignment]
+        self.drop_path = drop_path
+        self.drop_paths = [_swap(model, name, m.drop_prob) for name, m in list(model.named_modules()) if isinstance(m, DropPath)]
+        self.gradient_checkpointing = False
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the global token is a CLS token (otherwise it is pooled from the patch tokens)."""
+        return self.is_vit and cast(VisionTransformer, self.model).cls_token is not None
+
+    @property
+    def block_list(self) -> list[nn.Module]:
+        """Every transformer block in order (Swin: of all stages)."""
+        if self.is_vit:
+            return list(self.model.blocks)  # type: ignore[arg-type]
+        return [block for stage in self.model.layers for block in stage.blocks]  # type: ignore[union-attr]
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of the last block."""
+        return self.block_list[-1].attn.num_heads  # type: ignore[union-attr, return-value]
+
+    def draw_drop_path(self, images: int, generator: torch.Generator) -> Tensor | None:
+        """Draws of stochastic depth for ``images`` images: ``paths images`` of 0 or 1 / (1 - rate); None if there is none."""
+        if not self.drop_paths:
+            return None
+        keep = 1 - torch.tensor([path.rate for path in self.drop_paths]).unsqueeze(1)
+        return (torch.rand(len(keep), images, generator=generator) < keep) / keep
+
+    def use_drop_path(self, keep: Tensor | None) -> None:
+        """Use these draws (``paths b``) in the forward passes that follow, or none."""
+        for index, path in enumerate(self.drop_paths):
+            path.keep = None if keep is None else keep[index]
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        auxiliary: Tensor | None = None,
+        sight: Sight = "everything",
+        cut_attention: bool = True,
+        blocks: Sequence[int] = (),
+        attention: bool = False,
+    ) -> Tokens:
+        """Encode ``images`` (``b c h w``, normalised by the spec's mean and std; other sizes than trained on work).
+
+        ``auxiliary`` (``a c``) are auxiliary CLS tokens; ``sight`` is what their queries may see besides the patches.
+        ``cut_attention=False`` joins them into the sequence, so that the kept tokens see them too (Table 16).
+        ``blocks`` (indices, negative from the end) asks for the tokens after those blocks, ``attention`` for the CLS
+        attention of the last block.
+        """
+        depth = len(self.block_list)
+        wanted = [index % depth for index in blocks]
+        if self.is_vit:
+            return self._vit(images, auxiliary, sight, cut_attention, wanted, attention)
+        if auxiliary is not None or attention:
+            raise UserError(f"{self.spec.arch} has no CLS token: auxiliary CLS tokens and CLS attention need a ViT")
+        return self._swin(images, wanted)
+
+    def _vit(
+        self, images: Tensor, auxiliary: Tensor | None, sight: Sight, cut: bool, wanted: list[int], attention: bool
+    ) -> Tokens:
+        model = cast(VisionTransformer, self.model)
+        x = model.patch_embed(images)
+        grid = (x.shape[1], x.shape[2])
+        x = model.norm_pre(model.patch_drop(model._pos_embed(x)))
+        prefix, length = model.num_prefix_tokens, x.shape[1]
+        aux = None if auxiliary is None else auxiliary.to(x.dtype).expand(len(x), -1, -1)
+        if aux is not None and not cut:
+            x, aux = torch.cat([x, aux], dim=1), None
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
+        cls_attention: Tensor | None = None
+        for index, block in enumerate(model.blocks):
+            if attention and index == len(model.blocks) - 1:
+                cls_attention = _cls_attention(_plain(block, self.spec.arch), x)[..., prefix:length]
+            if aux is not None:
+                x, aux = self._run(_split_block, _plain(block, self.spec.arch), x, aux, sight, prefix)
+            else:
+                x = self._run(block, x)
+            if index in wanted:
+                kept[index] = (x[:, 0] if prefix else x.mean(1), x[:, prefix:length])
+        if auxiliary is not None and not cut:
+            x, aux = x[:, :length], x[:, length:]
+        normed = model.norm(x)
+        return Tokens(
+            global_token=model.forward_head(normed, pre_logits=True),
+            patches=normed[:, prefix:],
+            grid=grid,
+            raw_patches=x[:, prefix:],
+            auxiliary=aux,
+            blocks=tuple(kept[index] for index in wanted),
+            attention=cls_attention,
+        )
+
+    def _swin(self, images: Tensor, wanted: list[int]) -> Tokens:
+        model = cast(SwinTransformer, self.model)
+        x = model.patch_embed(images)
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
+        index = 0
+        for stage in model.layers:
+            x = stage.downsample(x)
+            for block in stage.blocks:
+                x = self._run(block, x)
+                if index in wanted:
+                    kept[index] = (x.mean((1, 2)), x.flatten(1, 2))
+                index += 1
+        normed = model.norm(x)
+        return Tokens(
+            global_token=model.forward_head(normed, pre_logits=True),
+            patches=normed.flatten(1, 2),
+            grid=(x.shape[1], x.shape[2]),
+            raw_patches=x.flatten(1, 2),
+            blocks=tuple(kept[index] for index in wanted),
+        )
+
+    def _run(self, function: Any, *arguments: Any) -> Any:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
+
+def build_encoder(spec: EncoderSpec, drop_path: float = 0.0, pretrained: bool = False) -> Encoder:
+    """The encoder of ``spec`` with fresh (or timm's pre-trained) weights.
+
+    Raises ``UserError`` for an architecture that timm does not know or that is neither a ViT nor a Swin.
+    """
+    if not timm.is_model(spec.arch):
+        raise UserError(f"unknown architecture '{spec.arch}'{_similar(spec.arch)}; `mte-bench list archs` shows them")
+    arguments = spec.timm_arguments | {"drop_path_rate": drop_path}
+    for flexible in ({"dynamic_img_size": True}, {"strict_img_size": False}):  # ViT's and Swin's word for other sizes
+        try:
+            model = timm.create_model(spec.arch, pretrained=pretrained, **arguments, **flexible)
+        except TypeError:
+            continue
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise UserError(f"architecture {spec.arch}: {error} (image_size {spec.image_size}, {spec.options})") from error
+        if isinstance(model, VisionTransformer | SwinTransformer):
+            return Encoder(spec, model, drop_path)
+    raise UserError(f"architecture {spec.arch} with {arguments}: not a ViT or Swin of timm's, or an option it does not have")
+
+
+def _similar(arch: str) -> str:
+    return did_you_mean(arch, [name for name in timm.list_models() if name.startswith(("vit", "swin", "deit"))][:400] or [])
+
+
+def _swap(model: nn.Module, name: str, rate: float) -> SharedDropPath:
+    """Replace the module called ``name`` by a ``SharedDropPath`` and return that."""
+    parent, _, child = name.rpartition(".")
+    path = SharedDropPath(rate)
+    setattr(model.get_submodule(parent), child, path)
+    return path
+
+
+def _plain(block: nn.Module, arch: str) -> Block:
+    """``block``, if its structure is the one that the split attention knows."""
+    attention = getattr(block, "attn", None)
+    if type(block) is Block and type(attention) is Attention and attention.gate is None:
+        return block
+    raise UserError(f"{arch}: auxiliary CLS tokens and CLS attention need timm's plain pre-norm blocks (use pooled tokens only)")
+
+
+def _heads(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, each ``b heads n d``."""
+    b, n, _ = x.shape
+    q, k, v = attention.qkv(x).reshape(b, n, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    return attention.q_norm(q), attention.k_norm(k), v
+
+
+def _merge(attention: Attention, x: Tensor) -> Tensor:
+    """From heads (``b heads n d``) to the residual branch (``b n c``)."""
+    return attention.proj_drop(attention.proj(attention.norm(x.transpose(1, 2).flatten(2))))
+
+
+def _split_block(block: Block, x: Tensor, aux: Tensor, sight: Sight, prefix: int) -> tuple[Tensor, Tensor]:
+    """One block on two streams: kept tokens among themselves, auxiliary queries over what they may see."""
+    attention = block.attn
+    q, k, v = _heads(attention, block.norm1(x))
+    aq, ak, av = _heads(attention, block.norm1(aux))
+    own = F.scaled_dot_product_attention(q, k, v, dropout_p=attention.attn_drop.p if block.training else 0.0)
+    if sight in ("not-global", "patches-and-self"):
+        k, v = k[:, :, prefix:], v[:, :, prefix:]
+    mask = None
+    if sight in ("not-each-other", "patches-and-self"):
+        n, a = k.shape[2], aq.shape[2]
+        mask = torch.cat([torch.ones(a, n, dtype=torch.bool), torch.eye(a, dtype=torch.bool)], dim=1).to(x.device)
+    seen = F.scaled_dot_product_attention(aq, torch.cat([k, ak], dim=2), torch.cat([v, av], dim=2), attn_mask=mask)
+    x = x + block.drop_path1(block.ls1(_merge(attention, own)))
+    aux = aux + block.drop_path1(block.ls1(_merge(attention, seen)))
+    x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    aux = aux + block.drop_path2(block.ls2(block.mlp(block.norm2(aux))))
+    return x, aux
+
+
+def _cls_attention(block: Block, x: Tensor) -> Tensor:
+    """``b heads n``: attention probabilities of the first token's query over all tokens."""
+    q, k, _ = _heads(block.attn, block.norm1(x))
+    return (q[:, :, :1] * block.attn.scale @ k.transpose(-2, -1)).softmax(-1).squeeze(2)

@@ -1,0 +1,81 @@
+"""Projection heads. Independent heads of several tokens are one module with stacked weights, computed as batched products."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class StackedLinear(nn.Module):
+    """``copies`` independent linear layers; ``weight`` is ``copies out in``, ``bias`` ``copies out``."""
+
+    def __init__(self, copies: int, inputs: int, outputs: int, bias: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(copies, outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(copies, outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``copies b in`` to ``copies b out``: each copy on its own rows."""
+        if len(self.weight) == 1:
+            return F.linear(x, self.weight[0], None if self.bias is None else self.bias[0])
+        if self.bias is None:
+            return torch.bmm(x, self.weight.transpose(1, 2))
+        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
+
+
+class StackedMLP(nn.Module):
+    """``copies`` independent MLPs with GELU between their layers, as DINO's head before its prototypes."""
+
+    def __init__(self, copies: int, sizes: Sequence[int], std: float = 0.02):
+        super().__init__()
+        self.copies = copies
+        self.layers = nn.ModuleList(StackedLinear(copies, *pair) for pair in zip(sizes, sizes[1:], strict=False))
+        for layer in self.layers:
+            nn.init.trunc_normal_(layer.weight, std=std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``copies b in`` to ``copies b out``."""
+        for layer in self.layers[:-1]:
+            x = F.gelu(layer(x))
+        return self.layers[-1](x)
+
+
+class Prototypes(nn.Module):
+    """L2 normalisation, then a weight-normalised linear layer without bias. Source: DINO's ``last_layer``.
+
+    ``frozen_norm`` keeps the prototypes' lengths (``weight_g``) at 1.
+    """
+
+    def __init__(self, inputs: int, prototypes: int, frozen_norm: bool):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=not frozen_norm)
+        self.weight_v = nn.Parameter(torch.empty(prototypes, inputs))
+        # nn.Linear's rule, which the reference leaves in place: weight_norm sees what it drew
+        nn.init.uniform_(self.weight_v, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``b in`` to logits ``b prototypes``."""
+        weight = F.normalize(self.weight_v, dim=1)
+        if self.weight_g.requires_grad:
+            weight = weight * self.weight_g
+        return F.linear(F.normalize(x, dim=-1), weight)
+
+
+class Fusion(nn.Module):
+    """The projections of all auxiliary tokens become one fused vector."""
+
+    def __init__(self, kind: Literal["mean", "sum", "normalised-mean", "concat"], tokens: int, width: int):
+        super().__init__()
+        self.kind = kind
+        self.linear = nn.Linear(tokens * width, width) if kind == "concat" else None
+
+    def forward(self, projections: Tensor) -> Tensor:
+        """``t b d`` to ``b d``."""
+        if self.linear is not None:
+            return self.linear(projections.transpose(0, 1).flatten(1))
+        if self.kind == "sum":
+            return projections.sum(0)
+        return (F.normalize(projections, dim=-1) if self.kind == "normalised-mean" else projections).mean(0)
