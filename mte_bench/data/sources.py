@@ -1,0 +1,240 @@
+"""Sources: where images come from, written as ``kind:path?option=value&...``.
+
+| spec | images | labels |
+|---|---|---|
+| ``scenes?train=4000&val=1000&size=64&seed=0`` | the embedded data, drawn by code | class |
+| ``imagefolder:PATH``, or just ``PATH`` | ``PATH/train/<class>/*``, ``PATH/val/...`` (or ``test/``) | class, none if flat |
+| ``inat:PATH?year=2018`` | the files that ``PATH/{train,val}2018.json`` lists | category |
+| ``coco:PATH?year=2017`` | ``PATH/{train,val}2017/*`` | none |
+| ``ade20k:PATH`` | ``PATH/images/{training,validation}/*`` | none |
+| ``tar:PATTERN`` | webdataset shards: braces and globs, ``{split}`` or ``?val=PATTERN`` | the ``cls`` member |
+
+Every kind also takes ``per_class=N`` or ``images=N``: a subset of each split, balanced over the classes, always the same one,
+and contained in every larger one.
+
+Images are decoded as torchvision and DINO do: ``convert("RGB")`` whatever the file holds (palette, grey, CMYK, alpha dropped),
+no rotation by EXIF, no repair of truncated files.
+"""
+
+import hashlib
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import IO, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mte_bench.errors import CorruptImage, UserError, did_you_mean
+
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))
+"""What counts as an image file (torchvision's list)."""
+
+
+class ImageSet:
+    """The images of one split of a source. Picklable, and cheap to send to other processes.
+
+    ``labels`` (n,) int64 index ``classes``; -1 where there is no label. ``fingerprint`` (16 hex digits) changes with any
+    name, size in bytes or label; it does not read the pixels. ``subset`` is the option that made it smaller, or None.
+    """
+
+    source: str
+    split: str
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    fingerprint: str
+    subset: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """The image's file name relative to the source, for people."""
+        raise NotImplementedError
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded image, RGB; raises ``CorruptImage`` naming the file."""
+        raise NotImplementedError
+
+
+class Subset(ImageSet):
+    """The images of ``parent`` at ``indices``."""
+
+    def __init__(self, parent: ImageSet, indices: NDArray[np.int64], subset: str):
+        self.parent, self.indices, self.subset = parent, indices, subset
+        self.source, self.split, self.classes = parent.source, parent.split, parent.classes
+        self.labels = parent.labels[indices]
+        self.fingerprint = fingerprint_of(parent.fingerprint.encode(), indices)
+
+    def name(self, index: int) -> str:
+        return self.parent.name(int(self.indices[index]))
+
+    def image(self, index: int) -> Image.Image:
+        return self.parent.image(int(self.indices[index]))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed spec: ``kind``, ``path`` ("" for ``scenes``) and ``options``; ``str`` gives the canonical spec."""
+
+    kind: str
+    path: str = ""
+    options: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        options = "&".join(f"{key}={value}" for key, value in sorted(self.options.items()))
+        return self.kind + (f":{self.path}" if self.path else "") + (f"?{options}" if options else "")
+
+    def number(self, option: str, default: int) -> int:
+        """A whole-number option, at least 0 for ``seed`` and 1 for others."""
+        text = self.options.get(option, str(default))
+        least = 0 if option == "seed" else 1
+        if not re.fullmatch(r"\d+", text) or int(text) < least:
+            raise UserError(f"source {self}: option '{option}' is a whole number from {least}, got '{text}'")
+        return int(text)
+
+
+def _scenes(source: Source, split: Split) -> ImageSet:
+    from mte_bench.data.scenes_cache import open_scenes
+
+    return open_scenes(source, split)
+
+
+def _files(opener: str) -> Callable[[Source, Split], ImageSet]:
+    def open_files(source: Source, split: Split) -> ImageSet:
+        from mte_bench.data import folders
+
+        opened: ImageSet = getattr(folders, opener)(source, split)
+        return opened
+
+    return open_files
+
+
+def _tar(source: Source, split: Split) -> ImageSet:
+    from mte_bench.data.tars import open_tar
+
+    return open_tar(source, split)
+
+
+_SUBSET = ("per_class", "images")
+_KINDS: dict[str, tuple[Callable[[Source, Split], ImageSet], tuple[str, ...]]] = {
+    "scenes": (_scenes, ("train", "val", "size", "seed")),
+    "imagefolder": (_files("open_imagefolder"), ()),
+    "inat": (_files("open_inat"), ("year",)),
+    "coco": (_files("open_coco"), ("year",)),
+    "ade20k": (_files("open_ade20k"), ()),
+    "tar": (_tar, ("val",)),
+}
+KINDS = tuple(_KINDS)
+
+
+def parse_source(spec: str) -> Source:
+    """Split ``spec`` into kind, path and options; raises ``UserError`` for what cannot be meant. Touches no files."""
+    head, _, tail = _OPTIONS.split(spec, maxsplit=1) if _OPTIONS.search(spec) else (spec, "", "")
+    kind, colon, path = head.partition(":")
+    if head in _KINDS:
+        kind, path = head, ""
+    elif not colon or len(kind) == 1 or "/" in kind:  # no kind given: a folder (also C:\...)
+        kind, path = "imagefolder", head
+    elif kind not in _KINDS:
+        raise UserError(f"source '{spec}': unknown kind '{kind}'{did_you_mean(kind, _KINDS)}")
+    if (kind == "scenes") == bool(path):
+        wanted = "it takes no path, only options" if path else f"write it as {kind}:PATH"
+        raise UserError(f"source '{spec}': {wanted}")
+    return Source(kind, path, _options(spec, kind, tail))
+
+
+_OPTIONS = re.compile(r"(\?)(?=\w+=)")  # a '?' of a glob pattern is not followed by key=
+
+
+def _options(spec: str, kind: str, text: str) -> dict[str, str]:
+    known = (*_KINDS[kind][1], *_SUBSET)
+    options: dict[str, str] = {}
+    for item in text.split("&") if text else ():
+        key, equals, value = item.partition("=")
+        if not equals or not value:
+            raise UserError(f"source '{spec}': write options as key=value, got '{item}'")
+        if key not in known:
+            raise UserError(f"source '{spec}': unknown option '{key}' of {kind}{did_you_mean(key, known)}")
+        options[key] = value
+    if len(set(_SUBSET) & set(options)) > 1:
+        raise UserError(f"source '{spec}': give per_class or images, not both")
+    return options
+
+
+def open_source(spec: str, split: Split) -> ImageSet:
+    """The images of one split. Raises ``UserError`` naming what is missing or misspelt."""
+    source = parse_source(spec)
+    if split not in SPLITS:
+        raise UserError(f"split '{split}': one of {', '.join(SPLITS)}")
+    images = _KINDS[source.kind][0](source, split)
+    for option in _SUBSET:
+        if option in source.options:
+            return _subset(images, option, source.number(option, 1))
+    return images
+
+
+def require_classes(images: ImageSet) -> None:
+    """Raise ``UserError`` unless ``images`` has labels of at least two classes, as a labelled evaluation needs."""
+    found = np.unique(images.labels[images.labels >= 0])
+    if len(found) == 0:
+        raise UserError(f"{images.source}: its images have no class labels; give a source with labels, such as imagefolder:PATH")
+    if len(found) == 1:
+        only = images.classes[found[0]]
+        raise UserError(f"{images.source}: the {images.split} split has only one class ('{only}'); at least two are needed")
+
+
+def _subset(images: ImageSet, option: str, count: int) -> ImageSet:
+    """At most ``count`` images (``images``) or images of each class (``per_class``); all if there are no more."""
+    order = np.random.default_rng(0).permutation(len(images))
+    rank = np.empty(len(images), np.int64)  # of each image within its class
+    for label in np.unique(images.labels):
+        members = order[images.labels[order] == label]
+        rank[members] = np.arange(len(members))
+    if option == "per_class":
+        chosen = np.flatnonzero(rank < count)
+    else:
+        chosen = np.sort(np.lexsort((images.labels, rank))[:count])
+    return Subset(images, chosen, f"{option}={count}")
+
+
+def fingerprint_of(*parts: bytes | NDArray[Any]) -> str:
+    """Sixteen hex digits of the SHA-256 of the parts and their lengths."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else np.ascontiguousarray(part).tobytes()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:16]
+
+
+class Names:
+    """Many strings in two arrays: a million file names stay small in memory and between processes."""
+
+    def __init__(self, names: Iterable[str]):
+        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+        self.text = b"".join(encoded)
+        self.ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self.ends[index - 1] if index else 0
+        return self.text[start : self.ends[index]].decode("utf-8", "surrogateescape")
+
+
+def decode(file: IO[bytes] | bytes, path: str) -> Image.Image:
+    """The image in an open file or in bytes, as RGB; raises ``CorruptImage`` naming ``path``."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL warns of odd EXIF blocks and palettes; the pixels are what counts
+            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+                return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CorruptImage(path, reason) from error
