@@ -19,10 +19,11 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
     table = Table(title=title or None, title_justify="left", header_style="bold")
     for index, column in enumerate(columns):
         numeric = any(isinstance(row[index], int | float) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left")
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*("–" if cell is None else f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row))
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    # In a pipe or a file every row stays one line and nothing is cut.
+    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
 def show_json(value: Any) -> None:
