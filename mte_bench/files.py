@@ -32,11 +32,23 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); free space or choose another --out") from error
+    except Exception as error:
+        reason = _refusal(error)
+        if reason is None:
+            raise
+        raise UserError(f"{path}: cannot be written ({reason}); free space or choose another --out") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _refusal(error: Exception) -> str | None:
+    """Why the disk refused a write; None for other errors. torch and safetensors wrap it in types of their own."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if "inline_container" in str(error):  # the zip file of torch.save
+        return "the disk is full, or a limit on file sizes is reached"
+    return str(error).partition("I/O error: ")[2] or None
 
 
 def write_text(path: str | Path, text: str) -> None:
