@@ -1,0 +1,57 @@
+"""How things are written in markdown that GitHub renders."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; a line break in a cell is ``\\n``. The ``text`` first columns are left-aligned, the others right."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    text: int = 1
+
+    def markdown(self) -> str:
+        """The table as GitHub writes it."""
+        rule = [":---" if index < self.text else "---:" for index in range(len(self.columns))]
+        lines = [self.columns, tuple(rule), *self.rows]
+        return "\n".join(f"| {' | '.join(_escape(cell) for cell in line)} |" for line in lines)
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", "<br>")
+
+
+def plain_text(text: str) -> str:
+    """``text`` from a record (a name, a path, a reason) such that markdown shows it as it is, on one line."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"[\\`*\[\]~]|\b_|_\b", r"\\\g<0>", text)
+
+
+def number(value: float | None) -> str:
+    """One decimal, as the paper has it."""
+    return MISSING if value is None else f"{value:.1f}"
+
+
+def interval(ends: tuple[float, float] | None, signed: bool = False) -> str:
+    """``[61.4, 63.3]``."""
+    if ends is None:
+        return f"[{MISSING}]"
+    low, high = (f"{end:+.1f}" if signed else f"{end:.1f}" for end in ends)
+    return f"[{low}, {high}]"
+
+
+def link(path: Path, out: Path) -> str:
+    """``path`` relative to the report, as a link writes it."""
+    return quote(Path(os.path.relpath(path.resolve(), out.resolve())).as_posix())
+
+
+def link_text(path: Path, out: Path) -> str:
+    """``path`` relative to the report, for people."""
+    return unquote(link(path, out))

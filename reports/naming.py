@@ -1,0 +1,67 @@
+"""How subjects, architectures and sources are called in tables: the paper's words where it has one."""
+
+import re
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from mte_bench.records import Subject
+
+METHODS = {
+    "dino": "DINO",
+    "ibot": "iBOT",
+    "byol": "BYOL",
+    "mocov3": "MoCo v3",
+    "moby": "MoBY",
+    "hssl": "HSSL",
+    "supervised": "supervised",
+}
+
+_SIZES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
+_VIT = re.compile(r"(vit|deit)_(tiny|small|base|large|huge)_patch(\d+)_\d+")
+_SWIN = re.compile(r"swin_(tiny|small|base|large)_patch4_window7_224")
+_OPTIONS = {"embed_dim": "width", "depth": "depth", "num_heads": "heads", "depths": "depths", "window_size": "window"}
+
+
+def method_key(method: str) -> str:
+    """One spelling for every way of writing a method: ``MoCo V3`` and ``mocov3`` are the same; ``+MTE`` is dropped."""
+    return re.sub(r"[^a-z0-9]", "", method.lower().removesuffix("+mte"))
+
+
+def method_title(subject: Subject) -> str:
+    """The method as Table 5 prints it (``DINO+MTE``), ``random encoder``, or the checkpoint's name where no method is known."""
+    if subject.family == "random":
+        return "random encoder"
+    if not subject.method:
+        return f"{subject.family} {PurePath(subject.checkpoint).name.removeprefix(f'{subject.family}:')}"
+    title = METHODS.get(method_key(subject.method), subject.method.removesuffix("+MTE"))
+    return f"{title}+MTE" if subject.mte else title
+
+
+def architecture_title(arch: str, recipe: Mapping[str, Any] | None = None) -> str:
+    """``ViT-S/16`` for timm's ``vit_small_patch16_224``; the name itself where it has no short one.
+
+    ``recipe`` may change the patch size and further options, which are then named, because ``ViT-S`` is no longer all.
+    """
+    recipe = recipe or {}
+    title = arch
+    if vit := _VIT.fullmatch(arch):
+        family = "ViT" if vit[1] == "vit" else "DeiT"
+        title = f"{family}-{_SIZES[vit[2]]}/{recipe.get('patch_size') or vit[3]}"
+    elif swin := _SWIN.fullmatch(arch):
+        title = f"Swin-{_SIZES[swin[1]].replace('Ti', 'T')}"
+    options = recipe.get("arch_options") or {}
+    changes = [f"{_OPTIONS.get(key, key)} {value}" for key, value in sorted(options.items())]
+    return f"{title} ({', '.join(changes)})" if changes else title
+
+
+def data_title(source: str) -> str:
+    """``cifar10`` for ``imagefolder:some/where/cifar10?per_class=10``; sources without a path keep their kind's name."""
+    kind, colon, rest = source.partition(":")
+    place = (rest if colon else kind).partition("?")[0]
+    return re.sub(r"[{*\[].*", "", PurePath(place).name).rstrip("-_.") or kind
+
+
+def slug(text: str) -> str:
+    """``text`` as part of a file name: lower case, digits, and hyphens between."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("+", "-")).strip("-") or "x"

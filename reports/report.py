@@ -1,0 +1,179 @@
+"""A report: one page of markdown with its pictures beside it, from the records below some folders and nothing else.
+
+The same records give the same bytes. Writing into a folder that is read from is fine: only ``record.json`` files are read.
+"""
+
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mte_bench.files import write_json, write_text
+from mte_bench.records import Record
+from reports.collect import Collection, collect, data_tables
+from reports.compare import Predictions
+from reports.figures import FOLDER, Figure, Kind, copy_pictures, draw_curves
+from reports.markdown import Table, link_text, plain_text
+from reports.naming import data_title
+from reports.runs import cost_table, environments, period, record_table
+from reports.tables import Section, accuracy_table, cell_summary, section, seed_table
+
+PAGE, SUMMARY = "report.md", "report.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written: the page and the summary of its cells (the contents of ``report.json``)."""
+
+    page: Path
+    summary: dict[str, Any]
+    sections: tuple[Section, ...]
+    unusable: tuple[str, ...]
+    """One line for each file that was left out."""
+
+
+def write_report(runs: Sequence[str | Path], out: str | Path, pictures_of_images: bool = True) -> Report:
+    """Write ``out/report.md``, ``out/report.json`` and ``out/figures`` from every record below ``runs``.
+
+    With ``pictures_of_images`` false nothing that shows the images of the data is put there. Pictures of an earlier report
+    in ``out`` that this one does not have are removed. Raises ``UserError`` if there is nothing to report, or ``out``
+    cannot be written.
+    """
+    out = Path(out)
+    collection = collect(runs)
+    predictions = Predictions(collection.unusable)
+    sections = tuple(section(table, collection, predictions) for table in data_tables(collection))
+    curves = draw_curves(collection, out)
+    pictures = copy_pictures(collection, out, pictures_of_images)
+    files = [figure.file for figure in [*curves, *(figure for figures in pictures.values() for figure in figures)]]
+
+    unusable = [
+        f"{link_text(item.path, out)}: {item.reason.replace(str(item.path), item.path.name)}" for item in collection.unusable
+    ]
+    summary = {
+        "schema_version": SCHEMA_VERSION,
+        "records": len(collection.entries),
+        "tables": [cell_summary(part) for part in sections],
+        "figures": sorted(files),
+        "unusable": unusable,
+    }
+    _remove_earlier(out, files)
+    write_json(out / SUMMARY, summary)
+    text = _render(
+        title=_title(sections, collection),
+        opening=_opening(collection, sections),
+        again=_again(runs, out, pictures_of_images),
+        sections=[_section_view(part) for part in sections],
+        curves=curves,
+        pictures=_picture_views(pictures),
+        cost=_markdown(cost_table(collection)),
+        environments=[plain_text(text) for text in environments(entry.record for entry in collection.entries)],
+        records=_markdown(record_table(collection, out, environments(entry.record for entry in collection.entries))),
+        commands=_commands(entry.record for entry in collection.entries),
+        unusable=[plain_text(line) for line in unusable],
+        pictures_of_images=pictures_of_images,
+    )
+    write_text(out / PAGE, text)
+    return Report(out / PAGE, summary, sections, tuple(unusable))
+
+
+def _render(**values: Any) -> str:
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    pages = jinja2.Environment(
+        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return pages.get_template("report.md.j2").render(values)
+
+
+def _title(sections: Sequence[Section], collection: Collection) -> str:
+    titles = [row.title for part in sections for row, _ in part.cells if row.kind > 0]
+    if not titles:
+        titles = [entry.title for entry in collection.entries]
+    data = [data_title(entry.record.data.source) for entry in collection.entries]
+    return plain_text(f"{_listed(titles)} on {_listed(data)}")
+
+
+def _opening(collection: Collection, sections: Sequence[Section]) -> dict[str, str]:
+    """The parts of the sentence that says what was compared."""
+    all_records = [entry.record for entry in collection.entries]
+    seeds = sorted({record.subject.seed for record in all_records if record.subject.seed is not None})
+    return {
+        "methods": plain_text(_listed(entry.title for entry in collection.entries)),
+        "architectures": plain_text(_listed(collection.architecture(record.subject) for record in all_records)),
+        "data": _listed(_data_text(part.data.record) for part in sections),
+        "seeds": _listed(map(str, seeds)),
+        "records": str(len(all_records)),
+        "period": period(all_records),
+    }
+
+
+def _data_text(record: Record) -> str:
+    data = record.data
+    names = {"train": "training", "val": "validation"}
+    counts = " and ".join(f"{count:,} {names.get(split, split)}" for split, count in data.images.items())
+    classes = f", {data.classes} classes" if data.classes else ""
+    subset = f", subset {data.subset}" if data.subset else ""
+    return plain_text(f"{data_title(data.source)} ({counts} images{classes}{subset})")
+
+
+def _again(runs: Iterable[str | Path], out: Path, pictures_of_images: bool) -> str:
+    """The command that writes this report again, from the report's own folder."""
+    words = ["mte-bench", "report", *(link_text(Path(run), out) for run in runs), "--out", "."]
+    return shlex.join(words if pictures_of_images else [*words, "--no-pictures-of-images"])
+
+
+def _section_view(part: Section) -> dict[str, Any]:
+    record = part.data.record
+    protocols = [f"{measure.title.partition(' (')[0]} `{measure.protocol}`" for measure in part.data.measures]
+    return {
+        "title": plain_text(data_title(record.data.source)),
+        "data": _data_text(record),
+        "fingerprint": record.data.fingerprint,
+        "protocols": _listed(protocols),
+        "chance": f"{100 / record.data.classes:.3g}" if record.data.classes else None,
+        "accuracy": accuracy_table(part).markdown(),
+        "seeds": _markdown(seed_table(part)),
+        "has_paper": any(cell.paper is not None for _, cells in part.cells for cell in cells),
+        "has_repeats": any(row.repeat for row, _ in part.cells),
+        "unpaired": any(
+            row.kind == 2 and cell.value is not None and (cell.comparison is None or cell.comparison.interval is None)
+            for row, cells in part.cells
+            for cell in cells
+        ),
+    }
+
+
+def _picture_views(pictures: dict[Kind, list[Figure]]) -> list[dict[str, Any]]:
+    return [{"kind": kind, "figures": figures} for kind, figures in pictures.items()]
+
+
+def _markdown(table: Table | None) -> str | None:
+    return None if table is None else table.markdown()
+
+
+def _commands(records: Iterable[Record]) -> list[str]:
+    """Each record's command once: pre-training first."""
+    ordered = sorted(records, key=lambda record: record.task != "pretrain")
+    return list(dict.fromkeys(" ".join(record.command.split()) for record in ordered))
+
+
+def _remove_earlier(out: Path, files: Sequence[str]) -> None:
+    """Remove the pictures that an earlier report put into ``out`` and this one does not have."""
+    try:
+        earlier = json.loads((out / SUMMARY).read_text(encoding="utf-8"))["figures"]
+        names = {Path(name).name for name in earlier if Path(name).parent == Path(FOLDER)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in names - {Path(file).name for file in files}:
+        (out / FOLDER / name).unlink(missing_ok=True)
+
+
+def _listed(words: Iterable[str]) -> str:
+    """``a, b and c``, each once."""
+    *most, last = dict.fromkeys(words) or [""]
+    return f"{', '.join(most)} and {last}" if most else last

@@ -1,0 +1,125 @@
+"""What the runs cost, and the list of every record."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from mte_bench.records import RECORD_NAME, Record
+from reports.collect import HEADLINES, Collection, Entry, plain_hash, protocol_text
+from reports.markdown import MISSING, Table, interval, link, plain_text
+from reports.naming import data_title, method_title
+
+VERSIONS = ("mte-bench", "torch", "torchvision", "timm", "faiss-cpu", "python")
+"""Those of a record's versions that the report shows."""
+
+
+def cost_table(collection: Collection) -> Table | None:
+    """What each pre-training run took, and with MTE how many times the plain run's; None if there is no run."""
+    runs = [entry.record for entry in collection.of("pretrain")]
+    plain: dict[tuple[object, ...], Record] = {}
+    for record in runs:
+        if not record.subject.mte:
+            plain.setdefault(_setting(record, collection), record)
+    rows = [_cost(record, plain.get(_setting(record, collection)), collection) for record in runs]
+    ratios = [f"{what}\n+MTE ÷ plain" for what in ("Time", "Images/s", "Memory")]
+    columns = ("Method", "Architecture", "Data", "Device", "Epochs", "Seed", "Time", "Images/s", "Peak memory", *ratios)
+    return Table(columns, tuple(rows), text=4) if rows else None
+
+
+def _setting(record: Record, collection: Collection) -> tuple[object, ...]:
+    """What must be equal for the cost of two runs to be compared."""
+    recipe = plain_hash(collection.recipe(record.subject)) or record.subject.sha256
+    how = (record.environment.get("device"), record.details.get("precision"), record.details.get("processes"))
+    return (recipe, record.subject.seed, record.data.fingerprint, *map(str, how))
+
+
+def _cost(record: Record, plain: Record | None, collection: Collection) -> tuple[str, ...]:
+    subject, cost = record.subject, record.cost
+    ratios = ["", "", ""]
+    if subject.mte:
+        names = ("seconds", "images_per_second", "peak_memory_bytes")
+        ratios = [_ratio(getattr(cost, name), getattr(plain.cost, name) if plain else None) for name in names]
+    return (
+        method_title(subject),
+        collection.architecture(subject),
+        plain_text(data_title(record.data.source)),
+        plain_text(str(record.environment.get("device") or MISSING)),
+        MISSING if subject.epochs is None else f"{subject.epochs:g}",
+        MISSING if subject.seed is None else str(subject.seed),
+        duration(cost.seconds),
+        MISSING if cost.images_per_second is None else _significant(cost.images_per_second),
+        MISSING if cost.peak_memory_bytes is None else f"{cost.peak_memory_bytes / 2**30:.2f} GiB",
+        *ratios,
+    )
+
+
+def _ratio(value: float | None, plain: float | None) -> str:
+    return f"{value / plain:.2f}" if value and plain else MISSING
+
+
+def _significant(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``4 min 10 s``, ``3 h 05 min``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def record_table(collection: Collection, out: Path, environments: Sequence[str]) -> Table:
+    """Every record, one line each; ``environments`` are what the column of that name counts from 1."""
+    rows = [_record_row(entry, collection, out, environments) for entry in collection.entries]
+    columns = ("Record", "Subject", "Seed", "Data", "Protocol", "Value", "n", "Fingerprint", "Checkpoint", "Environment", "Made")
+    return Table(columns, tuple(rows), text=5)
+
+
+def _record_row(entry: Entry, collection: Collection, out: Path, environments: Sequence[str]) -> tuple[str, ...]:
+    record, subject = entry.record, entry.record.subject
+    name, value, n = headline(record)
+    return (
+        f"[{plain_text(record.task)}]({link(entry.folder / RECORD_NAME, out)})",
+        f"{plain_text(method_title(subject))}, {plain_text(collection.architecture(subject))}",
+        MISSING if subject.seed is None else str(subject.seed),
+        plain_text(data_title(record.data.source)) + (f" ({plain_text(record.data.subset)})" if record.data.subset else ""),
+        f"`{protocol_text(record)}`",
+        MISSING if value is None else f"{plain_text(name)} {value}",
+        MISSING if n is None else f"{n:,}",
+        f"`{record.data.fingerprint[:8]}`",
+        f"`{subject.sha256[:8]}`",
+        str(environments.index(environment(record)) + 1),
+        record.created[:10],
+    )
+
+
+def headline(record: Record) -> tuple[str, str | None, int | None]:
+    """Name, value with interval, and n of the metric that stands for a record: its task's headline or else its first."""
+    name = HEADLINES.get(record.task, (next(iter(record.metrics), ""),))[0]
+    if name not in record.metrics:
+        return name, None, None
+    metric = record.metrics[name]
+    ends = f" {interval(metric.ci95)}" if metric.ci95 and record.task in HEADLINES else ""
+    return name, f"{metric.value:.4g}{ends}", metric.n
+
+
+def environment(record: Record) -> str:
+    """Device, versions and source state of a record in one line."""
+    found = record.environment
+    versions = found.get("versions") or {}
+    parts = [str(found.get("device") or "unknown device")]
+    parts += [f"{name} {versions[name]}" for name in VERSIONS if name in versions]
+    commit = found.get("git_commit")
+    parts += [f"commit {commit[:8]}" + (" with changes" if found.get("dirty") else "")] if commit else []
+    return ", ".join(parts)
+
+
+def environments(records: Iterable[Record]) -> list[str]:
+    """Each environment once, in the order in which it is met."""
+    return list(dict.fromkeys(environment(record) for record in records))
+
+
+def period(records: Sequence[Record]) -> str:
+    """The day or days on which the records were made."""
+    days = sorted({record.created[:10] for record in records})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"

@@ -1,0 +1,461 @@
+"""Reports: what a reader may conclude from the page must follow from the records, and nothing may be silently merged."""
+
+import json
+import re
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mte_bench.errors import UserError
+from mte_bench.records import Cost, Data, Metric, Protocol, Subject, make_record, write_record
+from mte_bench.statistics import bootstrap_ci, mcnemar, paired_bootstrap
+from reports.commands import report
+from reports.naming import architecture_title, data_title, method_title
+from reports.paper import paper, printed
+from reports.report import write_report
+
+ENVIRONMENT = {"versions": {"mte-bench": "0.1.0", "torch": "2.11.0", "python": "3.11.7"}, "device": "a processor, 4 threads"}
+CIFAR = {"source": "imagefolder:.data/cifar10", "classes": 10, "fingerprint": "c1fa" * 4, "images": {"train": 4000, "val": 500}}
+SCENES = {"source": "scenes?train=4000", "classes": 8, "fingerprint": "5ce9" * 4, "images": {"train": 4000, "val": 400}}
+IMAGENET = {
+    "source": "imagefolder:ilsvrc",
+    "classes": 1000,
+    "fingerprint": "1111" * 4,
+    "images": {"train": 1281167, "val": 50000},
+}
+PROTOCOLS = {"knn": Protocol(name="dino", settings={"k": [10, 20]}), "linear": Protocol(name="fast", settings={"epochs": 100})}
+HEADLINE = {"knn": "top1_k10", "linear": "top1"}
+
+
+def recipe(mte=False, **changes):
+    plain = {"method": "dino", "arch": "vit_small_patch16_224", "epochs": 30, "views": {"local_count": 0}}
+    return {**plain, "mte": {"pooled": 6} if mte else None, "description": f"mte {mte}", **changes}
+
+
+def subject(mte=False, seed=0, random=False, **changes):
+    arch, size = "vit_small_patch16_224", 64
+    if random:
+        named = {"checkpoint": f"random:{arch}", "family": "random", "sha256": f"{seed:02}" + "f" * 62}
+        return Subject(**({"arch": arch, "image_size": size, "seed": seed} | named | changes))
+    known = {"method": "dino", "mte": mte, "epochs": 30, "recipe": "dino_mte" if mte else "dino"}
+    trained = {"recipe_hash": "bbbb00000000" if mte else "aaaa00000000", "seed": seed, "pretrain_data": "scenes"}
+    named = {"checkpoint": f"runs/{mte}-{seed}", "family": "mte-bench", "sha256": f"{int(mte)}{seed}" + "0" * 62}
+    return Subject(**({"arch": arch, "image_size": size} | known | trained | named | changes))
+
+
+def draws(accuracy, images, seed):
+    """Who is right on which image, alike for all encoders up to the accuracy, as real ones are."""
+    rng = np.random.default_rng(7)
+    return 0.7 * rng.random(images) + 0.3 * np.random.default_rng(seed).random(images) < accuracy
+
+
+def evaluation(folder, task, who, accuracy, data=SCENES, predictions=True, seed=0, **changes):
+    n, metric = data["images"]["val"], HEADLINE[task]
+    right = draws(accuracy, n, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    if predictions:
+        labels = np.arange(n) % data["classes"]
+        guesses = np.where(right, labels, (labels + 1) % data["classes"])
+        columns = {"name": [f"{i:05}.jpg" for i in range(n)], "label": labels, f"prediction:{metric}": guesses}
+        pq.write_table(pa.table(columns), folder / "predictions.parquet")
+    value = Metric(value=100 * right.mean(), ci95=tuple(100 * end for end in bootstrap_ci(right)), n=n)
+    record = make_record(
+        **{
+            "task": task,
+            "protocol": PROTOCOLS[task],
+            "subject": who,
+            "data": Data(split="val", **data),
+            "metrics": {metric: value},
+            "cost": Cost(seconds=3.0),
+            "environment": ENVIRONMENT,
+            "command": f"mte-bench {task} {who.checkpoint} --data {data['source']}",
+            "created": "2026-11-20T10:00:00+00:00",
+            "predictions": "predictions.parquet" if predictions else None,
+            **changes,
+        }
+    )
+    write_record(folder, record)
+    return right
+
+
+def pretraining(folder, who, settings, seconds=600.0, data=SCENES, **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [{"step": s, "epoch": s / 10, "loss": 8 * 0.99**s + who.mte + who.seed / 10, "lr": 1e-3} for s in range(1, 301)]
+    lines += [{"step": 10 * e, "epoch": e, "knn_top1": 20 + e + 5 * who.mte + who.seed} for e in range(5, 31, 5)]
+    (folder / "curves.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"]))
+    )
+    Image.effect_noise((90, 30), 80).save(folder / "views.png")
+    record = make_record(
+        **{
+            "task": "pretrain",
+            "protocol": Protocol(name=who.recipe, settings=settings),
+            "subject": who,
+            "data": Data(split="train", **data),
+            "metrics": {"loss": Metric(value=3.0, n=20)},
+            "cost": Cost(seconds=seconds, images_per_second=120000 / seconds, peak_memory_bytes=2**30),
+            "environment": ENVIRONMENT,
+            "command": f"mte-bench pretrain {who.recipe} --seed {who.seed}",
+            "created": "2026-11-20T09:00:00+00:00",
+            "files": {"curves": "curves.jsonl", "views": "views.png"},
+            **changes,
+        }
+    )
+    write_record(folder, record)
+
+
+def analysis(folder, task, who, data=SCENES):
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.effect_noise((60, 60), 80).save(folder / f"{task}.png")
+    record = make_record(
+        task=task,
+        protocol=Protocol(name="default"),
+        subject=who,
+        data=Data(split="val", **data),
+        metrics={"mean": Metric(value=0.5, n=400)},
+        cost=Cost(seconds=1.0),
+        environment=ENVIRONMENT,
+        command=f"mte-bench analyze {task}",
+        created="2026-11-20T11:00:00+00:00",
+        files={"picture": f"{task}.png"},
+    )
+    write_record(folder, record)
+
+
+ACCURACY = {"random": 0.25, False: 0.60, True: 0.66}
+
+
+def build_runs(root, seeds=(0, 1, 2), predictions=True, data=SCENES):
+    """A random encoder, and plain and +MTE runs over ``seeds`` with everything that commands leave; what was right, by place."""
+    right = {}
+    for task in HEADLINE:
+        who = subject(random=True)
+        right[task, "random", 0] = evaluation(root / f"random-{task}", task, who, 0.25, data, predictions, seed=99)
+        for mte in (False, True):
+            for seed in seeds:
+                run, who = root / f"{'mte' if mte else 'plain'}-{seed}", subject(mte, seed)
+                if task == "knn":
+                    pretraining(run, who, recipe(mte), 690.0 if mte else 600.0, data)
+                place = run / "evaluations" / task
+                right[task, mte, seed] = evaluation(place, task, who, ACCURACY[mte], data, predictions, seed=10 * mte + seed)
+    for mte in (False, True):
+        for task in ("attention", "cka", *(["pooling"] if mte else [])):
+            analysis(root / f"{'mte' if mte else 'plain'}-0" / "evaluations" / task, task, subject(mte, 0), data)
+    return right
+
+
+def cells(summary, task="knn"):
+    return [cell for table in summary["tables"] for cell in table["cells"] if cell["task"] == task]
+
+
+def cell(summary, method, task="knn"):
+    found = [cell for cell in cells(summary, task) if cell["method"] == method]
+    assert len(found) == 1
+    return found[0]
+
+
+def table_rows(page, after):
+    """The rows of the first table after a line that contains ``after``, as lists of cells."""
+    lines = page[page.index(after) :].splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    assert all(len(row) == len(rows[0]) for row in rows)
+    return [rows[0], *rows[2:]]
+
+
+def test_accuracy_table_shows_random_plain_and_mte_with_interval_spread_and_paired_difference(tmp_path):
+    right = build_runs(tmp_path / "runs")
+    written = write_report([tmp_path / "runs"], tmp_path / "report")
+    summary = written.summary
+
+    mte, plain = (np.stack([right["knn", kind, seed] for seed in (0, 1, 2)]) for kind in (True, False))
+    assert cell(summary, "DINO+MTE")["value"] == pytest.approx(100 * mte.mean())
+    expected = [100 / 3 * end for end in bootstrap_ci(mte.sum(axis=0))]
+    assert cell(summary, "DINO+MTE")["ci95"] == pytest.approx(expected)
+    assert cell(summary, "DINO+MTE")["spread_over_seeds"] == pytest.approx(100 * mte.mean(axis=1).std(ddof=1))
+    paired = cell(summary, "DINO+MTE")["minus_plain"]
+    expected = [100 / 3 * end for end in paired_bootstrap(mte.sum(axis=0), plain.sum(axis=0))]
+    assert [paired["difference"], *paired["ci95"]] == pytest.approx(expected)
+    assert [seed["mcnemar_p"] for seed in paired["seeds"]] == pytest.approx([mcnemar(mte[i], plain[i]) for i in range(3)])
+    assert paired["mcnemar_p"] is None  # of several seeds on the same images there is none
+    one = cell(summary, "random encoder")
+    assert one["ci95"] == pytest.approx([100 * end for end in bootstrap_ci(right["knn", "random", 0])])
+    assert one["spread_over_seeds"] is None and one["minus_plain"] is None
+
+    header, *rows = table_rows(written.page.read_text(), "### scenes")
+    assert [row[0] for row in rows] == ["random encoder", "DINO", "DINO+MTE"]
+    assert header[:3] == ["Method", "Architecture", "Epochs"] and len(header) == 11
+    assert rows[2][1:3] == ["ViT-S/16", "30"]
+    assert [rows[i][6] for i in (0, 1)] == ["", ""] and rows[2][6].startswith(f"**{paired['difference']:+.1f}**<br>[")
+    assert {row[3] for row in rows} == {"–"}  # the paper has no number for this data
+
+
+def test_one_seed_is_tested_by_mcnemar(tmp_path):
+    right = build_runs(tmp_path / "runs", seeds=(4,))
+    summary = write_report([tmp_path / "runs"], tmp_path / "report").summary
+    expected = mcnemar(right["knn", True, 4], right["knn", False, 4])
+    assert cell(summary, "DINO+MTE")["minus_plain"]["mcnemar_p"] == pytest.approx(expected)
+
+
+def test_without_predictions_the_test_is_missing_and_the_values_are_not(tmp_path):
+    right = build_runs(tmp_path / "runs", predictions=False)
+    written = write_report([tmp_path / "runs"], tmp_path / "report")
+    found = cell(written.summary, "DINO+MTE")
+    assert found["value"] == pytest.approx(100 * np.mean([right["knn", True, seed] for seed in (0, 1, 2)]))
+    assert found["ci95"] is None and found["minus_plain"]["ci95"] is None
+    assert {seed["mcnemar_p"] for seed in found["minus_plain"]["seeds"]} == {None}
+    assert not written.unusable
+    assert table_rows(written.page.read_text(), "### scenes")[3][6].endswith("<br>[–]")
+
+
+def test_predictions_that_do_not_give_the_recorded_value_are_refused(tmp_path):
+    build_runs(tmp_path / "runs", seeds=(0,))
+    other = tmp_path / "runs" / "random-knn" / "predictions.parquet"
+    (tmp_path / "runs" / "mte-0" / "evaluations" / "knn" / "predictions.parquet").write_bytes(other.read_bytes())
+    written = write_report([tmp_path / "runs"], tmp_path / "report")
+    assert cell(written.summary, "DINO+MTE")["minus_plain"]["ci95"] is None
+    assert any("mte-0/evaluations/knn/predictions.parquet" in line for line in written.unusable)
+
+
+def test_a_baseline_is_the_same_recipe_and_seed_or_none(tmp_path):
+    who = subject(True, 1)
+    pretraining(tmp_path / "plain", subject(False, 0), recipe(False))
+    evaluation(tmp_path / "plain" / "knn", "knn", subject(False, 0), 0.6)
+    pretraining(tmp_path / "mte", who, recipe(True))
+    evaluation(tmp_path / "mte" / "knn", "knn", who, 0.7)
+    assert cell(write_report([tmp_path], tmp_path / "out").summary, "DINO+MTE")["minus_plain"] is None  # another seed
+
+    pretraining(tmp_path / "plain", subject(False, 1), recipe(False))
+    evaluation(tmp_path / "plain" / "knn", "knn", subject(False, 1), 0.6)
+    assert cell(write_report([tmp_path], tmp_path / "out").summary, "DINO+MTE")["minus_plain"] is not None
+
+    pretraining(tmp_path / "mte", who, recipe(True, batch_size=32))
+    assert cell(write_report([tmp_path], tmp_path / "out").summary, "DINO+MTE")["minus_plain"] is None  # another recipe
+
+
+def test_a_cell_measured_twice_is_shown_twice(tmp_path):
+    build_runs(tmp_path / "runs", seeds=(0, 1))
+    evaluation(tmp_path / "again", "knn", subject(True, 0), 0.9, created="2026-11-21T10:00:00+00:00")
+    evaluation(tmp_path / "anew", "knn", subject(True, 1, sha256="e" * 64), 0.1, created="2026-11-21T11:00:00+00:00")
+    written = write_report([tmp_path / "runs", tmp_path / "again", tmp_path / "anew"], tmp_path / "report")
+    first, second = [cell for cell in cells(written.summary) if cell["method"] == "DINO+MTE"]
+    assert [cell["repeat"] for cell in (first, second)] == [0, 1]
+    assert first["value"] == pytest.approx(66, abs=8)
+    assert [round(seed["value"], -1) for seed in second["seeds"]] == [pytest.approx(90, abs=10), pytest.approx(10, abs=10)]
+    assert "DINO+MTE<br>(repeat 2)" in written.page.read_text()
+
+
+def test_a_missing_cell_is_missing(tmp_path):
+    build_runs(tmp_path / "runs", seeds=(0,))
+    (tmp_path / "runs" / "mte-0" / "evaluations" / "linear" / "record.json").unlink()
+    written = write_report([tmp_path / "runs"], tmp_path / "report")
+    assert cell(written.summary, "DINO+MTE", "linear")["value"] is None
+    assert table_rows(written.page.read_text(), "### scenes")[3][7:] == ["–", "–", "–", "–"]
+
+
+def test_other_protocols_and_other_data_are_never_put_together(tmp_path):
+    evaluation(tmp_path / "a", "knn", subject(), 0.5)
+    evaluation(tmp_path / "b", "knn", subject(), 0.6, protocol=Protocol(name="dino", settings={"k": [10], "blocks": 4}))
+    evaluation(tmp_path / "c", "knn", subject(), 0.7, CIFAR)
+    evaluation(tmp_path / "d", "knn", subject(), 0.8, {**CIFAR, "subset": "per_class=10"})
+    evaluation(tmp_path / "e", "knn", subject(), 0.9, {**CIFAR, "source": "imagefolder:/elsewhere/cifar10"})
+    summary = write_report([tmp_path], tmp_path / "report").summary
+    values = [[cell["value"] for cell in table["cells"]] for table in summary["tables"]]
+    assert sorted(len(row) for row in values) == [1, 2, 2]  # subset; two protocols; one set of images at two places
+    assert len({cell["protocol"] for cell in summary["tables"][-1]["cells"]}) == 2
+
+
+def test_broken_records_are_named_and_counted_and_do_no_harm(tmp_path, capsys):
+    build_runs(tmp_path / "runs", seeds=(0,))
+    (tmp_path / "runs" / "half").mkdir()
+    text = (tmp_path / "runs" / "random-knn" / "record.json").read_text()
+    (tmp_path / "runs" / "half" / "record.json").write_text(text[: len(text) // 2])
+    (tmp_path / "runs" / "old").mkdir()
+    (tmp_path / "runs" / "old" / "record.json").write_text(json.dumps(json.loads(text) | {"schema_version": 0}))
+    (tmp_path / "runs" / "odd").mkdir()
+    (tmp_path / "runs" / "odd" / "record.json").write_text("[" * 100_000)
+    (tmp_path / "runs" / "strange").mkdir()
+    (tmp_path / "runs" / "strange" / "record.json").write_bytes(b"\xff\x00|`<b>")
+    (tmp_path / "runs" / "plain-0" / "views.png").write_bytes(b"not a picture")
+    with (tmp_path / "runs" / "mte-0" / "curves.jsonl").open("a") as curves:
+        curves.write('{"step": 301, "epo')
+    (tmp_path / "runs" / "mte-0" / "evaluations" / "knn" / "predictions.parquet").write_bytes(b"PAR1")
+    report([str(tmp_path / "runs")], str(tmp_path / "report"))
+    said = capsys.readouterr().err
+    page = (tmp_path / "report" / "report.md").read_text()
+    for name in ("half/record.json", "old/record.json", "odd/record.json", "strange/record.json", "views.png", "curves.jsonl"):
+        assert f"runs/{name}" in said or f"runs/plain-0/{name}" in said or f"runs/mte-0/{name}" in said
+        assert name.replace(".", ".") in page.replace("\\", "")
+    assert "7 files could not be used" in page and "7 files left out" in said
+    assert str(tmp_path) not in page
+
+
+def test_nothing_to_report_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match=r"no record\.json below"):
+        write_report([tmp_path], tmp_path / "out")
+    with pytest.raises(UserError, match="no such run folder"):
+        write_report([tmp_path / "absent"], tmp_path / "out")
+    (tmp_path / "record.json").write_text("{")
+    with pytest.raises(UserError, match="none of 1 records can be read"):
+        write_report([tmp_path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def files_below(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_same_records_give_the_same_bytes_also_in_place_and_in_another_order(tmp_path):
+    build_runs(tmp_path / "runs", seeds=(0, 1))
+    write_report([tmp_path / "runs"], tmp_path / "runs")
+    first = files_below(tmp_path / "runs")
+    write_report([tmp_path / "runs"], tmp_path / "runs")
+    assert files_below(tmp_path / "runs") == first
+    assert "`mte-bench report . --out .`" in first["report.md"].decode()
+
+    runs = sorted(path for path in (tmp_path / "runs").iterdir() if path.is_dir() and path.name != "figures")
+    write_report(runs, tmp_path / "a" / "b")
+    write_report([*reversed(runs), runs[0]], tmp_path / "a" / "c")
+    one, other = files_below(tmp_path / "a" / "b"), files_below(tmp_path / "a" / "c")
+    command = re.compile(rb"`mte-bench report [^`]*`")
+    assert {name: command.sub(b"", text) for name, text in one.items()} == {
+        name: command.sub(b"", text) for name, text in other.items()
+    }
+
+
+def test_every_picture_and_link_of_the_page_is_there(tmp_path):
+    build_runs(tmp_path / "runs")
+    written = write_report([tmp_path / "runs"], tmp_path / "report")
+    page = written.page.read_text()
+    links = re.findall(r"!?\[[^\]]*\]\(([^)#]+)\)", page)
+    assert len(links) > 20 and all((tmp_path / "report" / link).is_file() for link in links)
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page)
+    assert sorted(pictures) == written.summary["figures"]
+    assert {name.partition("/")[2].partition("-")[0] for name in pictures} == {"curves", "views", "attention", "pooling", "cka"}
+
+
+def test_pictures_of_images_are_left_out_and_earlier_ones_removed(tmp_path):
+    build_runs(tmp_path / "runs", seeds=(0,))
+    write_report([tmp_path / "runs"], tmp_path / "report")
+    mine = tmp_path / "report" / "figures" / "mine.png"
+    mine.write_bytes(b"")
+    report([str(tmp_path / "runs")], str(tmp_path / "report"), no_pictures_of_images=True)
+    left = {path.name for path in (tmp_path / "report" / "figures").iterdir()}
+    assert left == {"curves-scenes-vit-s-16.png", "cka-scenes-dino.png", "cka-scenes-dino-mte.png", "mine.png"}
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "views-" not in page and "--no-pictures-of-images" in page
+
+
+def test_a_record_cannot_bring_in_a_file_from_outside_its_folder(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
+    pretraining(tmp_path / "runs" / "a", subject(), recipe(), files={"views": "../../private.png"})
+    written = write_report([tmp_path / "runs"], tmp_path / "report")
+    assert not any("views" in name for name in written.summary["figures"])
+    assert any("private.png" in line for line in written.unusable)
+
+
+def test_cost_ratios_are_to_the_plain_run_of_the_same_seed_on_the_same_device(tmp_path):
+    build_runs(tmp_path / "runs", seeds=(0, 1))
+    other = {**ENVIRONMENT, "device": "another"}
+    pretraining(tmp_path / "runs" / "mte-1", subject(True, 1), recipe(True), 690.0, environment=other)
+    rows = table_rows(write_report([tmp_path / "runs"], tmp_path / "report").page.read_text(), "## Cost")[1:]
+    ratios = {(row[0], row[5]): row[9:] for row in rows}
+    assert ratios["DINO+MTE", "0"] == ["1.15", "0.87", "1.00"]
+    assert ratios["DINO+MTE", "1"] == ["–", "–", "–"]
+    assert ratios["DINO", "0"] == ["", "", ""]
+    assert {row[6] for row in rows} == {"10 min 00 s", "11 min 30 s"}
+
+
+def imagenet_record(mte=False, **changes):
+    who = subject(mte, image_size=224, epochs=100)
+    parts = {
+        "task": "knn",
+        "protocol": Protocol(name="dino"),
+        "subject": who,
+        "data": Data(split="val", **IMAGENET),
+        "metrics": {},
+        "cost": Cost(seconds=1.0),
+        "environment": ENVIRONMENT,
+    }
+    return make_record(**(parts | changes))
+
+
+def test_the_papers_number_stands_only_beside_what_is_comparable():
+    settings = recipe(epochs=100)
+    assert printed(imagenet_record(), settings) == 61.2
+    assert printed(imagenet_record(mte=True), recipe(True, epochs=100)) == 66.6
+    ibot = subject(image_size=224, epochs=100, method="iBOT")
+    assert printed(imagenet_record(subject=ibot), settings) == 65.2
+    assert printed(imagenet_record(subject=ibot), recipe(views={"local_count": 10})) == 71.5  # Table 6
+    for changes in (
+        {"data": Data(split="val", **SCENES)},
+        {"data": Data(split="val", **IMAGENET, subset="per_class=100")},
+        {"protocol": Protocol(name="other")},
+        {"subject": subject(image_size=224, epochs=99)},
+        {"subject": subject(image_size=96, epochs=100)},
+        {"subject": subject(image_size=224, epochs=100, arch="vit_tiny_patch16_224")},
+    ):
+        assert printed(imagenet_record(**changes), settings) is None
+    assert printed(imagenet_record(), recipe(views={"local_count": 8})) is None
+    assert printed(imagenet_record(), recipe(patch_size=8)) is None
+    assert printed(imagenet_record(), {}) is None
+
+
+def test_the_papers_tables_keep_the_gains_that_its_prose_states():
+    tables = paper()["tables"]
+    assert sorted(tables, key=lambda name: int(name[3:])) == [f"tab{number}" for number in range(1, 17)]
+    rows = {
+        (row["method"], row["architecture"] or row["architecture_inherited"], row["epochs"]): row
+        for row in tables["tab5"]["rows"]
+    }
+    assert len(rows) == 22
+    for method, arch, knn, linear in (
+        ("DINO", "ViT-S/16", 2.9, 1.2),
+        ("iBOT", "ViT-S/16", 2.1, 0.6),
+        ("MoBY", "Swin-T", 4.0, 0.8),
+    ):
+        mte, plain = rows[f"{method}+MTE", arch, 300], rows[method, arch, 300]
+        assert mte["knn_top1"] - plain["knn_top1"] == pytest.approx(knn)
+        assert mte["linear_top1"] - plain["linear_top1"] == pytest.approx(linear)
+    assert rows["MoCo V3", "ViT-S/16", 300]["knn_top1"] is None
+
+
+def test_names():
+    assert architecture_title("vit_base_patch16_224") == "ViT-B/16"
+    assert architecture_title("vit_tiny_patch16_224", {"patch_size": 8, "arch_options": {"depth": 6}}) == "ViT-Ti/8 (depth 6)"
+    assert architecture_title("swin_tiny_patch4_window7_224") == "Swin-T"
+    assert architecture_title("vit_small_patch14_dinov2.lvd142m") == "vit_small_patch14_dinov2.lvd142m"
+    assert data_title("scenes?train=10&val=5") == "scenes"
+    assert data_title("imagefolder:/somewhere/else/cifar10/?per_class=10") == "cifar10"
+    assert data_title("tar:shards/photos-{000..146}.tar") == "photos"
+    assert method_title(subject(True, method="MoCo V3")) == "MoCo v3+MTE"
+    assert method_title(subject(method=None, family="timm", checkpoint="timm:vit_small")) == "timm vit_small"
+
+
+def test_two_hundred_records_take_less_than_five_seconds(tmp_path):
+    whole = {**CIFAR, "images": {"train": 50000, "val": 10000}}
+    for index in range(100):
+        who = subject(index % 2 == 1, index // 2, sha256=f"{index:064}")
+        evaluation(tmp_path / "runs" / str(index), "knn", who, 0.6, whole, seed=index)
+        if index < 2:
+            pretraining(tmp_path / "runs" / f"p{index}", who, recipe(index % 2 == 1))
+        analysis(tmp_path / "runs" / f"c{index}", "cka", who)
+    start = time.perf_counter()
+    written = write_report([tmp_path / "runs"], tmp_path / "report")
+    assert time.perf_counter() - start < 5
+    assert written.summary["records"] == 202
+    assert len(cell(written.summary, "DINO+MTE")["minus_plain"]["seeds"]) == 50
+
+
+def test_json_is_the_summary(tmp_path, capsys):
+    build_runs(tmp_path / "runs", seeds=(0,))
+    report([str(tmp_path / "runs")], str(tmp_path / "report"), json=True)
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "report" / "report.json").read_text())
