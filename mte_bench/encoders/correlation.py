@@ -35,10 +35,10 @@ def weighted_pooling(x: Tensor, g: Tensor, kernels: Tensor, bias: Tensor | None)
 def correlate(x: Tensor, g: Tensor, size: int) -> Tensor:
     """``b c size size``: sums over positions of ``x[p] * g[p + d]`` for offsets ``d`` in a window of ``size``.
 
-    The window is the one of a convolution with ``padding="same"``; outside of its map ``g`` is zero.
+    The window is the one of a convolution with ``padding="same"``; outside of its map ``g`` is zero. The precision is
+    that of ``g``: in mixed precision a convolution's, as the weights' would be.
     """
-    dtype = torch.promote_types(x.dtype, g.dtype)
-    return _Correlation.apply(x.to(dtype), g.to(dtype), size)
+    return _Correlation.apply(x.to(g.dtype), g, size)
 
 
 class _Correlation(torch.autograd.Function):
@@ -49,7 +49,7 @@ class _Correlation(torch.autograd.Function):
         return _depthwise(g, x, (size - 1) // 2, size // 2)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, g = ctx.saved_tensors
         before, after = (ctx.size - 1) // 2, ctx.size // 2
         for_x = _depthwise(g, gradient, before, after) if ctx.needs_input_grad[0] else None
@@ -61,8 +61,5 @@ def _depthwise(maps: Tensor, kernels: Tensor, before: int, after: int) -> Tensor
     """Slide each image's and channel's own kernel (``b c k l``) over its map (``b c h w``), padded with zeros."""
     b, c = maps.shape[:2]
     padded = F.pad(maps, (before, after, before, after))
-    with torch.autocast(maps.device.type, enabled=False):
-        out = F.conv2d(
-            padded.reshape(1, b * c, *padded.shape[2:]), kernels.reshape(b * c, 1, *kernels.shape[2:]), groups=b * c
-        )
+    out = F.conv2d(padded.reshape(1, b * c, *padded.shape[2:]), kernels.reshape(b * c, 1, *kernels.shape[2:]), groups=b * c)
     return out.view(b, c, *out.shape[2:])

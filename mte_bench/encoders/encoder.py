@@ -142,10 +142,10 @@ class Encoder(nn.Module):
         """
         depth = len(self.block_list)
         wanted = [index % depth for index in blocks]
+        if not self.has_cls and (auxiliary is not None or attention):
+            raise UserError(f"{self.spec.arch} has no CLS token: auxiliary CLS tokens and CLS attention need a ViT that has one")
         if self.is_vit:
             return self._vit(images, auxiliary, sight, cut_attention, wanted, attention)
-        if auxiliary is not None or attention:
-            raise UserError(f"{self.spec.arch} has no CLS token: auxiliary CLS tokens and CLS attention need a ViT")
         return self._swin(images, wanted)
 
     def _vit(
@@ -226,8 +226,38 @@ def build_encoder(spec: EncoderSpec, drop_path: float = 0.0, pretrained: bool = 
         except (AssertionError, ValueError, RuntimeError) as error:
             raise UserError(f"architecture {spec.arch}: {error} (image_size {spec.image_size}, {spec.options})") from error
         if isinstance(model, VisionTransformer | SwinTransformer):
+            patch = cast(int, model.patch_embed.patch_size[0])
+            if spec.image_size % patch:
+                raise UserError(f"image_size {spec.image_size}: must be a multiple of {patch}, the patch size of {spec.arch}")
             return Encoder(spec, model, drop_path)
     raise UserError(f"architecture {spec.arch} with {arguments}: not a ViT or Swin of timm's, or an option it does not have")
+
+
+def dino_init(encoder: Encoder) -> None:
+    """Draw the weights as DINO does: CLS token, position table and every Linear weight truncated normal, std 0.02.
+
+    timm's own initialisation is the same but for the CLS token, which it draws with std 1e-6, and for architectures
+    that bring a rule of their own. Biases become 0; convolutions, norms and relative position tables stay as built.
+    """
+    model = encoder.model
+    for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
+        parameter = getattr(model, name, None)
+        if isinstance(parameter, nn.Parameter):
+            nn.init.trunc_normal_(parameter, std=0.02)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def fresh_encoder(spec: EncoderSpec, seed: int = 0, drop_path: float = 0.0) -> Encoder:
+    """The encoder that a pre-training with ``seed`` starts from; the random state outside is left as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        encoder = build_encoder(spec, drop_path)
+        dino_init(encoder)
+    return encoder
 
 
 def _similar(arch: str) -> str:
@@ -244,8 +274,7 @@ def _swap(model: nn.Module, name: str, rate: float) -> SharedDropPath:
 
 def _plain(block: nn.Module, arch: str) -> Block:
     """``block``, if its structure is the one that the split attention knows."""
-    attention = getattr(block, "attn", None)
-    if type(block) is Block and type(attention) is Attention and attention.gate is None:
+    if type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None:
         return block
     raise UserError(f"{arch}: auxiliary CLS tokens and CLS attention need timm's plain pre-norm blocks (use pooled tokens only)")
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -21,9 +22,10 @@ class StackedLinear(nn.Module):
         """``copies b in`` to ``copies b out``: each copy on its own rows."""
         if len(self.weight) == 1:
             return F.linear(x, self.weight[0], None if self.bias is None else self.bias[0])
+        # weights on the left: their gradient then comes out in their own layout and need not be transposed
         if self.bias is None:
-            return torch.bmm(x, self.weight.transpose(1, 2))
-        return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
+            return torch.bmm(self.weight, x.transpose(1, 2)).transpose(1, 2)
+        return torch.baddbmm(self.bias.unsqueeze(2), self.weight, x.transpose(1, 2)).transpose(1, 2)
 
 
 class StackedMLP(nn.Module):
@@ -32,9 +34,10 @@ class StackedMLP(nn.Module):
     def __init__(self, copies: int, sizes: Sequence[int], std: float = 0.02):
         super().__init__()
         self.copies = copies
-        self.layers = nn.ModuleList(StackedLinear(copies, *pair) for pair in zip(sizes, sizes[1:], strict=False))
-        for layer in self.layers:
+        layers = [StackedLinear(copies, *pair) for pair in pairwise(sizes)]
+        for layer in layers:
             nn.init.trunc_normal_(layer.weight, std=std)
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """``copies b in`` to ``copies b out``."""
@@ -51,6 +54,7 @@ class Prototypes(nn.Module):
 
     def __init__(self, inputs: int, prototypes: int, frozen_norm: bool):
         super().__init__()
+        self.frozen_norm = frozen_norm
         self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=not frozen_norm)
         self.weight_v = nn.Parameter(torch.empty(prototypes, inputs))
         # nn.Linear's rule, which the reference leaves in place: weight_norm sees what it drew
@@ -59,7 +63,7 @@ class Prototypes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``b in`` to logits ``b prototypes``."""
         weight = F.normalize(self.weight_v, dim=1)
-        if self.weight_g.requires_grad:
+        if not self.frozen_norm:
             weight = weight * self.weight_g
         return F.linear(F.normalize(x, dim=-1), weight)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mte_bench.encoders.correlation import weighted_pooling
 from mte_bench.encoders.encoder import Encoder, Sight, Tokens
+from mte_bench.errors import UserError
 from mte_bench.settings import Settings
 
 Pooling = Literal["shared-pointwise", "independent", "scalar", "average", "max"]
@@ -162,6 +163,8 @@ class AuxiliaryTokens(nn.Module):
             self.cls = nn.Parameter(torch.empty(settings.auxiliary_cls, width))
             nn.init.trunc_normal_(self.cls, std=settings.cls_std)
             heads = settings.ten_heads or encoder.num_heads
+            if width % heads:
+                raise UserError(f"ten_heads {heads}: must divide the encoder's width, {width}")
             self.ten = nn.ModuleList(
                 TENLayer(width, heads, settings.ten_mlp_ratio) for _ in range(settings.ten_depth if settings.ten else 0)
             )
@@ -180,10 +183,19 @@ class AuxiliaryTokens(nn.Module):
         cls = [f"CLS {index + 1}" for index in range(self.settings.auxiliary_cls)]
         return (*cls, *(f"pooled {index + 1}" for index in range(self.settings.pooled)))
 
+    def encoder_tokens(self, encoder: Encoder, images: Tensor) -> Tokens:
+        """The encoder's tokens of ``images``, with the auxiliary CLS tokens in the sequence."""
+        settings = self.settings
+        return encoder(images, auxiliary=self.cls, sight=settings.sight, cut_attention=settings.cut_attention)
+
+    def pooled_from(self, tokens: Tokens) -> Tensor:
+        """The patch tokens ``b n c`` that are pooled."""
+        return tokens.patches if self.settings.pool_input == "normalised" else tokens.raw_patches
+
     def encode(self, encoder: Encoder, images: Tensor) -> tuple[Tokens, Tensor]:
         """Tokens of ``images`` and the auxiliary tokens ``b t c``, ready for their heads."""
         settings = self.settings
-        tokens = encoder(images, auxiliary=self.cls, sight=settings.sight, cut_attention=settings.cut_attention)
+        tokens = self.encoder_tokens(encoder, images)
         parts = []
         if self.cls is not None:
             aux = tokens.auxiliary
@@ -192,8 +204,7 @@ class AuxiliaryTokens(nn.Module):
                 aux = layer(aux, seen)
             parts.append(self.cls_norm(aux))
         if settings.pooled:
-            patches = tokens.patches if settings.pool_input == "normalised" else tokens.raw_patches
-            parts.append(self.pooled_norm(self.pool(patches, tokens.grid)))
+            parts.append(self.pooled_norm(self.pool(self.pooled_from(tokens), tokens.grid)))
         return tokens, torch.cat(parts, dim=1)
 
 
@@ -216,6 +227,8 @@ class MultiToken(nn.Module):
 
     def pooling_maps(self, images: Tensor) -> Tensor:
         """Weight maps of the pooled tokens, ``b t h w``: absolute weights, averaged over channels."""
-        tokens = self.encoder(images)
-        patches = tokens.patches if self.auxiliary.settings.pool_input == "normalised" else tokens.raw_patches
+        if not self.auxiliary.settings.pooled:
+            raise UserError("pooling maps: this checkpoint was pre-trained without pooled tokens (pooled: 0)")
+        tokens = self.auxiliary.encoder_tokens(self.encoder, images)
+        patches = self.auxiliary.pooled_from(tokens)
         return self.auxiliary.pool.weights(patches.transpose(1, 2).unflatten(2, tokens.grid)).abs().mean(2)

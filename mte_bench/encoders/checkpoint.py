@@ -1,0 +1,390 @@
+"""Checkpoints: what is kept of a pre-training, written so that anyone's timm loads it, and read from many sources.
+
+``open_checkpoint`` takes whatever a command's CKPT may be:
+
+- ``RUN``: a run folder of ``pretrain``; or its ``encoder.safetensors``
+- ``FILE``, ``FILE#PART``: another project's file (``families.py``); PART is e.g. ``student`` or ``momentum_encoder``
+- ``timm:NAME``: pre-trained weights through timm
+- ``random:NAME``, ``random:RUN``: untrained, drawn as pre-training draws its start; ``?seed=N`` chooses the draw
+
+Each may end in ``?option=value&...``: settings of ``EncoderSpec`` (``image_size``, ``patch_size``, ``mean``, ``std``) or
+further arguments of the timm model. Nothing is ever unpickled that could run code.
+"""
+
+import hashlib
+import json
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+import yaml
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from torch import Tensor, nn
+
+from mte_bench.encoders.encoder import Encoder, EncoderSpec, build_encoder, fresh_encoder
+from mte_bench.encoders.families import METHODS, Found, first_few, read_foreign
+from mte_bench.encoders.tokens import AuxiliarySettings, AuxiliaryTokens, MultiToken
+from mte_bench.errors import UserError
+from mte_bench.files import atomic
+from mte_bench.records import Subject
+
+ENCODER_NAME = "encoder.safetensors"
+AUXILIARY_NAME = "auxiliary.safetensors"
+ENCODER_FORMAT = "mte-bench-encoder/1"
+AUXILIARY_FORMAT = "mte-bench-auxiliary/1"
+
+
+@dataclass
+class Checkpoint:
+    """An encoder in evaluation mode on the CPU, and where it comes from."""
+
+    encoder: Encoder
+    subject: Subject
+    folder: Path | None = None
+    """The run folder, if the checkpoint is one."""
+    matched: list[str] = field(default_factory=list)
+    """timm's names of the weights that were found."""
+    dropped: list[str] = field(default_factory=list)
+    """Names in the file that the encoder has no use for (heads, decoders, the other network)."""
+    missing: list[str] = field(default_factory=list)
+    """timm's names of the weights that were not found and so keep their random start; only with ``allow_partial``."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    auxiliary: Path | None = None
+    """The file with the auxiliary tokens of the pre-training, if there is one."""
+
+    @property
+    def family(self) -> str:
+        """Whose layout it is: ``mte-bench``, one of ``families.py``, ``timm`` or ``random``."""
+        return self.subject.family
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the encoder's weights (see ``weights_hash``)."""
+        return self.subject.sha256
+
+    def multi_token(self) -> MultiToken | None:
+        """The encoder with the auxiliary tokens that it was pre-trained with; None if there were none."""
+        if self.auxiliary is None:
+            return None
+        tensors, metadata = _read_safetensors(self.auxiliary)
+        if metadata.get("format") != AUXILIARY_FORMAT:
+            raise UserError(f"{self.auxiliary}: format {metadata.get('format')}, this version reads {AUXILIARY_FORMAT}")
+        for key in ("recipe_hash", "seed", "epoch"):
+            if metadata.get(key) != self.metadata.get(key):
+                raise UserError(f"{self.auxiliary}: is of another {key} than the encoder beside it; let `pretrain` finish")
+        settings = AuxiliarySettings.check(json.loads(metadata["settings"]), str(self.auxiliary))
+        tokens = AuxiliaryTokens(self.encoder, settings)
+        own = {name.removeprefix("tokens."): tensor for name, tensor in tensors.items() if name.startswith("tokens.")}
+        try:
+            tokens.load_state_dict(own)
+        except RuntimeError as error:
+            raise UserError(f"{self.auxiliary}: does not fit its own settings ({' '.join(str(error).split())[:200]})") from error
+        return MultiToken(self.encoder, tokens).eval()
+
+
+def open_checkpoint(text: str, *, allow_partial: bool = False, image_size: int | None = None) -> Checkpoint:
+    """The encoder that ``text`` stands for (see this module's docstring).
+
+    ``image_size`` builds it for another size than it was trained on; its position tables are interpolated as timm does.
+    Raises ``UserError`` for what is no checkpoint, would run code, cannot be reached, or matches the encoder only in
+    part; with ``allow_partial`` what is missing keeps its random start (seed 0).
+    """
+    kind, place, part, options = _parse(text)
+    if image_size is not None:
+        options["image_size"] = image_size
+    if kind == "random":
+        return _open_random(text, place, options)
+    if kind == "timm":
+        return _open_timm(text, place, options)
+    return _open_file(text, Path(place), part, options, allow_partial)
+
+
+def save_encoder(path: str | Path, encoder: Encoder, metadata: Mapping[str, Any]) -> None:
+    """Write the timm model's state dict, with what built it and ``metadata`` in the header; the same bytes every time.
+
+    Metadata values that are no strings are written as JSON, None not at all. Known keys are ``method``, ``mte``,
+    ``recipe``, ``recipe_hash``, ``epoch`` (done), ``epochs`` (planned), ``seed``, ``data``. Raises ``UserError`` if it
+    cannot be written; an earlier file is then left whole.
+    """
+    own = {"format": ENCODER_FORMAT, "spec": encoder.spec.model_dump(mode="json")}
+    _write_safetensors(path, encoder.model.state_dict(), {**metadata, **own})
+
+
+def save_auxiliary(
+    path: str | Path, auxiliary: AuxiliaryTokens, heads: Mapping[str, nn.Module], metadata: Mapping[str, Any]
+) -> None:
+    """Write auxiliary tokens (``tokens.*``) and heads (``heads.NAME.*``), with the auxiliary settings in the header."""
+    tensors = {f"tokens.{name}": tensor for name, tensor in auxiliary.state_dict().items()}
+    for head, module in heads.items():
+        tensors |= {f"heads.{head}.{name}": tensor for name, tensor in module.state_dict().items()}
+    settings = auxiliary.settings.model_dump(mode="json", include=set(AuxiliarySettings.model_fields))
+    _write_safetensors(path, tensors, {**metadata, "format": AUXILIARY_FORMAT, "settings": settings})
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata in a safetensors file's header; ``UserError`` if it is none."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def weights_hash(encoder: Encoder) -> str:
+    """SHA-256 over the weights' names, types, shapes and bytes, and the number of heads, which no shape shows.
+
+    The same weights have the same hash whatever file they came in.
+    """
+    digest = hashlib.sha256(f"heads {encoder.num_heads}".encode())
+    for name, tensor in sorted(encoder.model.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()
+
+
+def _parse(text: str) -> tuple[str, str, str | None, dict[str, Any]]:
+    """``kind:place#part?key=value&...`` in its pieces; a file that exists under the whole text is only a place."""
+    if Path(text).exists():
+        return "file", text, None, {}
+    place, _, query = text.partition("?")
+    options: dict[str, Any] = {}
+    for assignment in filter(None, query.split("&")):
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise UserError(f"{text}: '{assignment}' after the ? must be option=value")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"{text}: the value of {key} is not valid YAML") from error
+    kind, colon, rest = place.partition(":")
+    if colon and kind in ("timm", "random"):
+        return kind, rest, None, options
+    place, _, part = place.partition("#")
+    return "file", place, part or None, options
+
+
+def _with(spec: EncoderSpec, options: Mapping[str, Any], where: str) -> EncoderSpec:
+    """``spec`` changed by ``options``: its own settings, everything else goes to timm."""
+    own = {key: value for key, value in options.items() if key in EncoderSpec.model_fields and key != "options"}
+    others = {key: value for key, value in options.items() if key not in own}
+    return EncoderSpec.check({**spec.model_dump(), **own, "options": {**spec.options, **others}}, where)
+
+
+def _open_random(text: str, place: str, options: dict[str, Any]) -> Checkpoint:
+    seed = options.pop("seed", 0)
+    if not isinstance(seed, int) or seed < 0:
+        raise UserError(f"{text}: seed must be a whole number, got {seed!r}")
+    if Path(place).exists():
+        file = _encoder_file(Path(place), text)
+        spec = _spec_of(read_metadata(file), file)
+    else:
+        spec = EncoderSpec(arch=place)
+    encoder = fresh_encoder(_with(spec, options, text), seed).eval()
+    return Checkpoint(encoder, _subject(text, "random", encoder, {"seed": seed}), metadata={"seed": seed})
+
+
+def _open_timm(text: str, name: str, options: dict[str, Any]) -> Checkpoint:
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UserError(f"{text}: {error}; `mte-bench list archs` shows each architecture's weights") from error
+    published = {} if config is None else {"image_size": config.input_size[-1], "mean": config.mean, "std": config.std}
+    spec = _with(EncoderSpec(arch=name), {**published, **options}, text)
+    with torch.device("meta"):  # refuses what cannot be built before the network is asked
+        build_encoder(spec)
+    if config is None or not config.has_weights:
+        raise UserError(f"{text}: timm has no pre-trained weights of this name; `mte-bench list archs` shows what it has")
+    try:
+        encoder = build_encoder(spec, pretrained=True)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the network, the hub or the file system says
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{text}: the weights could not be had ({reason}); connect to the network once, or fetch the file and give its path"
+        ) from error
+    encoder.spec = spec.model_copy(update={"arch": name.partition(".")[0]})
+    return Checkpoint(encoder.eval(), _subject(text, "timm", encoder, {}), matched=list(encoder.model.state_dict()))
+
+
+def _open_file(text: str, path: Path, part: str | None, options: dict[str, Any], allow_partial: bool) -> Checkpoint:
+    file = _encoder_file(path, text)
+    content, header = _read_safetensors(file) if file.suffix == ".safetensors" else (_read_pickle(file), {})
+    if header.get("format", "").startswith("mte-bench"):
+        if part is not None:
+            raise UserError(f"{text}: {file.name} holds one encoder and no part '{part}'")
+        found = Found(header.get("family", "mte-bench"), dict(content), [], _spec_of(header, file), header)
+    else:
+        found = read_foreign(content, text, part, options.get("num_heads"))
+    family, weights, dropped, spec, metadata = found
+    encoder = fresh_encoder(_with(spec, options, text))
+    fitted, unfit = _fit(encoder.model, weights)
+    missing = [name for name in encoder.model.state_dict() if name not in fitted]
+    if not fitted or ((missing or unfit) and not allow_partial):
+        raise UserError(
+            f"{text}: matches {encoder.spec.arch} only in part: missing {first_few(missing)}; not expected {first_few(unfit)}; "
+            "if that is meant, add --allow-partial"
+        )
+    encoder.model.load_state_dict(fitted, strict=False)
+    auxiliary = file.with_name(AUXILIARY_NAME)
+    return Checkpoint(
+        encoder=encoder.eval(),
+        subject=_subject(text, family, encoder, metadata),
+        folder=path if path.is_dir() else None,
+        matched=list(fitted),
+        dropped=[*dropped, *unfit],
+        missing=missing,
+        metadata=metadata,
+        auxiliary=auxiliary if file.name == ENCODER_NAME and auxiliary.exists() else None,
+    )
+
+
+def _encoder_file(path: Path, text: str) -> Path:
+    """The file that holds the encoder at ``path``."""
+    if path.is_dir():
+        if (path / ENCODER_NAME).is_file():
+            return path / ENCODER_NAME
+        raise UserError(f"{text}: has no {ENCODER_NAME}; give a run folder of `pretrain` that has finished an epoch, or a file")
+    if path.is_file():
+        return path
+    hint = f"; did you mean timm:{text} or random:{text}?" if timm.is_model(text.partition("?")[0]) else ""
+    raise UserError(f"{text}: no such checkpoint{hint or '; give a run folder, a file, timm:NAME or random:NAME'}")
+
+
+def _fit(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights that ``model`` has a place for, position tables resized to it, and the names of the others."""
+    own = model.state_dict()
+    fitted, unfit = {}, []
+    for name, tensor in weights.items():
+        if name not in own:
+            unfit.append(name)
+            continue
+        if tensor.shape != own[name].shape:
+            tensor = _resized(model, name, tensor)
+        if tensor.shape == own[name].shape:
+            fitted[name] = tensor
+        else:
+            unfit.append(f"{name} of shape {'x'.join(map(str, tensor.shape))}, not {'x'.join(map(str, own[name].shape))}")
+    return fitted, unfit
+
+
+def _resized(model: Any, name: str, tensor: Tensor) -> Tensor:
+    """A position table, absolute or relative, for the size of ``model``; anything else as it is."""
+    if name == "pos_embed" and tensor.ndim == 3 and tensor.shape[2] == model.embed_dim:
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        return resample_abs_pos_embed(tensor, new_size=model.patch_embed.grid_size, num_prefix_tokens=prefix)
+    if name.endswith("relative_position_bias_table"):
+        attention = model.get_submodule(name.rpartition(".")[0])
+        shape = attention.relative_position_bias_table.shape
+        return resize_rel_pos_bias_table(tensor, new_window_size=attention.window_size, new_bias_shape=shape)
+    return tensor
+
+
+def _subject(text: str, family: str, encoder: Encoder, metadata: Mapping[str, Any]) -> Subject:
+    """The subject of records on this encoder; our own metadata are strings, which the settings turn into numbers."""
+    keys = ("method", "mte", "seed", "recipe", "recipe_hash")
+    known = {key: metadata[key] for key in keys if key in metadata}
+    if family in METHODS:
+        known["method"] = family
+    if "epoch" in metadata and family in ("mte-bench", "dino", "ibot"):  # others store the index of the last epoch
+        known["epochs"] = metadata["epoch"]
+    if "data" in metadata:
+        known["pretrain_data"] = metadata["data"]
+    return Subject.check(
+        {
+            "checkpoint": text,
+            "sha256": weights_hash(encoder),
+            "family": family,
+            "arch": encoder.spec.arch,
+            "image_size": encoder.spec.image_size,
+            **known,
+        },
+        f"{text}: metadata",
+    )
+
+
+def _spec_of(metadata: Mapping[str, str], path: Path) -> EncoderSpec:
+    if metadata.get("format") != ENCODER_FORMAT:
+        raise UserError(f"{path}: format {metadata.get('format')}, this version reads {ENCODER_FORMAT}")
+    try:
+        return EncoderSpec.check(json.loads(metadata["spec"]), str(path))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: its header does not say how to build the encoder ({error})") from error
+
+
+def _write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+        for key, value in metadata.items()
+        if value is not None
+    }
+    data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, texts)
+    # The library writes the metadata in an order that changes from process to process.
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(memoryview(data)[8 + size :])
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    metadata = read_metadata(path)
+    try:
+        return safetensors.torch.load_file(path), metadata
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+class _Ignored:
+    """Stands for an object in a checkpoint that is no weight; whatever it is made of is forgotten."""
+
+    def __new__(cls, *arguments: Any) -> "_Ignored":
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# Harmless things that training scripts leave beside the weights. Their own code is not even imported.
+_LEFT_BEHIND: list[Any] = [
+    (_Ignored, "argparse.Namespace"),
+    (_Ignored, "pathlib.PosixPath"),
+    (_Ignored, "pathlib.WindowsPath"),
+    (_Ignored, "pathlib._local.PosixPath"),
+    (_Ignored, "numpy.dtype"),
+    (_Ignored, "numpy.core.multiarray.scalar"),
+    (_Ignored, "numpy._core.multiarray.scalar"),
+    (OrderedDict, "yacs.config.CfgNode"),
+]
+
+
+def _read_pickle(path: Path) -> Mapping[str, Any]:
+    """What a torch file holds; only tensors and plain data, never code."""
+    try:
+        with open(path, "rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"
+        with torch.serialization.safe_globals(_LEFT_BEHIND):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # bytes that are no checkpoint can make the reader fail in any way
+        code = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if code:
+            raise UserError(
+                f"{path}: unpickling it would run {code[1]}, which is refused; save its state dict alone, or as safetensors"
+            ) from error
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: not a checkpoint, or cut short ({reason})") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
+    return content
