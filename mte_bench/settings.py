@@ -106,6 +106,15 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     return result
 
 
+def merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``values`` with ``changes`` laid over them, group by group; returns a new mapping."""
+    result = _copy(values)
+    for key, change in changes.items():
+        both = isinstance(change, dict) and isinstance(result.get(key), dict)
+        result[key] = merge(result[key], change) if both else _copy(change)
+    return result
+
+
 def _number(value: Any) -> Any:
     """YAML 1.1 reads 5e-4 as text; people mean a number."""
     if isinstance(value, str):

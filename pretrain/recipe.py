@@ -6,10 +6,12 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from mte_bench.encoders.tokens import AuxiliarySettings
-from mte_bench.settings import Settings, load_yaml, override
+from mte_bench.errors import UserError, did_you_mean
+from mte_bench.settings import Settings, load_yaml, merge, override
 from pretrain.methods import METHODS
 
 RECIPES = Path(__file__).parent / "recipes"
+SMOKE_BATCH = 8
 Probability = float
 
 
@@ -64,12 +66,14 @@ class MTE(AuxiliarySettings):
 
     heads: Literal["independent", "shared"] = "independent"
     """One projection head per auxiliary token, or one for all (Table 2: independent is better)."""
-    fusion: Literal["mean", "normalised-mean"] = "mean"
-    """How projections are fused (14.3 no. 16). The mean equals the sum once the method normalises it;
-    ``normalised-mean`` first gives each projection unit length."""
+    fusion: Literal["mean", "sum", "normalised-mean", "concat"] = "mean"
+    """How projections become one vector. The mean equals the sum once the method normalises it;
+    ``normalised-mean`` first gives each projection unit length, ``concat`` is followed by a linear layer."""
     weights: tuple[float, float] = (0.5, 0.5)
-    """Weights of the fused (4) and the global (5) loss in equation (6): they sum to the base method's scale
-    (14.3 no. 18), so clipping keeps its meaning."""
+    """Weights of the fused (4) and the global (5) loss in equation (6). They add up to the base method's scale, so
+    that clipping keeps its meaning; HSSL, by the same first author, does the same."""
+    local_views: Literal["both", "global"] = "both"
+    """Which of the student's vectors local views have: HSSL gives them both."""
     target: Literal["fused", "global"] = "fused"
     """What of the teacher both losses are computed against; ``global`` is for checks against the plain method."""
 
@@ -107,6 +111,11 @@ class Recipe(Settings):
             raise ValueError("views.global1.size and views.global2.size must be equal")
         return self
 
+    def for_smoke(self, processes: int) -> "Recipe":
+        """The same recipe cut to one epoch of small batches: to see that everything runs, not to learn anything."""
+        batch = SMOKE_BATCH * processes
+        return self.model_copy(update={"epochs": 1, "batch_size": batch, "accumulate": 1, "knn_every": 1})
+
     @property
     def title(self) -> str:
         """The method's name as tables print it, e.g. ``DINO+MTE``."""
@@ -115,7 +124,7 @@ class Recipe(Settings):
 
 def load_recipe(name: str, assignments: list[str] | None = None) -> Recipe:
     """The recipe called ``name`` (or a YAML path) with ``key=value`` overrides; ``mte=true`` stands for MTE's defaults."""
-    values = override(load_yaml(name, RECIPES, "recipe"), assignments or [])
+    values = override(_read(name), assignments or [])
     if values.get("mte") in (True, False):
         values["mte"] = {} if values["mte"] else None
     recipe = Recipe.check(values, f"recipe {name}")
@@ -123,10 +132,15 @@ def load_recipe(name: str, assignments: list[str] | None = None) -> Recipe:
     return recipe
 
 
+def _read(name: str) -> dict[str, Any]:
+    """A recipe's values; one that says ``extends: OTHER`` holds only what differs from that recipe."""
+    values = load_yaml(name, RECIPES, "recipe")
+    base = values.pop("extends", None)
+    return values if base is None else merge(_read(str(base)), values)
+
+
 def _method_settings(recipe: Recipe, name: str) -> None:
     """Raise a ``UserError`` now, not after the data is loaded, if the method or its settings are unknown."""
-    from mte_bench.errors import UserError, did_you_mean
-
     if recipe.method not in METHODS:
         raise UserError(f"recipe {name}: unknown method '{recipe.method}'{did_you_mean(recipe.method, METHODS)}")
     METHODS[recipe.method].Settings.check(recipe.method_settings, f"recipe {name}: method_settings")

@@ -1,0 +1,85 @@
+"""The ``pretrain`` verb."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mte_bench.records import Record
+
+
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe (mte-bench list recipes) or a YAML file.")],
+    data: Annotated[str, typer.Option(help="Source of the images, e.g. scenes or imagefolder:PATH.")],
+    out: Annotated[str, typer.Option(help="Run folder; the same command goes on with an unfinished run in it.")],
+    seed: Annotated[int, typer.Option(help="Seed of initialisation, data order, views and stochastic depth.")] = 0,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: key=value, e.g. mte=true.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto (bfloat16 where native), float32, bfloat16, float16.")] = "auto",
+    workers: Annotated[int, typer.Option(help="Processes that make views, per training process.")] = 2,
+    save_minutes: Annotated[float, typer.Option(help="Save within an epoch after so many minutes.")] = 10.0,
+    allow_corrupt: Annotated[int, typer.Option(help="Go on with up to so many unreadable images.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print settings, steps, memory and time; train nothing.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Two batches of everything, to see that it runs.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the record as JSON on stdout.")] = False,
+) -> "Record | None":
+    """Pre-train an encoder by a recipe, with or without MTE."""
+    from pathlib import Path
+
+    from mte_bench.console import log, show_json, show_table
+    from mte_bench.data.sources import open_source, take
+    from mte_bench.device import pick_device, pick_precision
+    from pretrain import distributed
+    from pretrain.recipe import load_recipe
+    from pretrain.trainer import Trainer
+
+    settings = load_recipe(recipe, set_)
+    rank, processes = distributed.start(device)
+    try:
+        images = open_source(data, "train")
+        held_out = open_source(data, "val") if settings.knn_every or smoke else None
+        if smoke:
+            settings = settings.for_smoke(processes)
+            images, held_out = (split and take(split, "images", 2 * settings.batch_size) for split in (images, held_out))
+        where = pick_device(device)
+        trainer = Trainer(
+            settings,
+            images,
+            Path(out),
+            seed=seed,
+            device=where,
+            precision=pick_precision(precision, where),
+            workers=workers,
+            held_out=held_out,
+            allow_corrupt=allow_corrupt,
+            save_minutes=save_minutes,
+            recipe_name=Path(recipe).stem,
+            process=(rank, processes),
+        )
+        if dry_run:
+            from pretrain.estimate import estimate
+
+            estimated = estimate(trainer)
+            if json:
+                show_json({"recipe": settings.model_dump(mode="json"), "estimate": estimated})
+            else:
+                import yaml
+
+                print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+                show_table("Estimate", ["quantity", "value"], list(estimated.items()))
+            return None
+        record = trainer.run()
+    finally:
+        distributed.stop()
+    if rank == 0:
+        if json:
+            show_json(record)
+        else:
+            rows = [
+                ["loss (last epoch)", record.metrics["loss"].value],
+                ["hours", record.cost.seconds / 3600],
+                ["images/s", record.cost.images_per_second],
+            ]
+            show_table(f"{settings.title}, {settings.arch}, {settings.epochs} epochs on {data}", ["", "value"], rows)
+            log(f"encoder: {Path(out) / 'encoder.safetensors'}")
+    return record

@@ -1,0 +1,29 @@
+"""One process, or several under ``torchrun``: the same command and the same numbers up to reduction order."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def start(device: str) -> tuple[int, int]:
+    """Join the process group if ``torchrun`` started this process; returns (rank, processes)."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and not dist.is_initialized():
+        cuda = torch.cuda.is_available() and device != "cpu"
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for the other processes."""
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,69 @@
+"""AdamW as DINO uses it, and the EMA of the teacher, all by multi-tensor operations."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mte_bench.encoders.heads import StackedLinear
+from pretrain.recipe import Optimiser
+
+
+def build_optimiser(student: nn.Module, settings: Optimiser, device: torch.device) -> torch.optim.AdamW:
+    """AdamW with two groups: weights (``decayed``), and biases and 1-D parameters, which have no weight decay.
+
+    Stacked biases of independent heads are biases too, whatever their number of dimensions.
+    """
+    decayed, plain = [], []
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            (plain if parameter.ndim == 1 or name.endswith("bias") else decayed).append(parameter)
+    groups = [{"params": decayed, "decayed": True}, {"params": plain, "weight_decay": 0.0, "decayed": False}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=device.type in ("cpu", "cuda"))
+
+
+def set_rates(optimiser: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Set this step's learning rate and weight decay."""
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+        if group["decayed"]:
+            group["weight_decay"] = weight_decay
+
+
+def clip_per_tensor(modules: nn.Module, limit: float) -> Tensor:
+    """Scale each parameter tensor's gradient to an L2 norm of at most ``limit``, in place; returns the largest norm.
+
+    Each head of a stack counts as the tensor that it would be alone. Source: DINO's ``clip_gradients``, with its 1e-6.
+    """
+    gradients: list[Tensor] = []
+    for module in modules.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.grad is not None:
+                gradients.extend(parameter.grad.unbind(0) if isinstance(module, StackedLinear) else [parameter.grad])
+    if not gradients:
+        return torch.zeros(())
+    norms = torch.stack(torch._foreach_norm(gradients))
+    factors = (limit / (norms + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, list(factors.unbind(0)))
+    return norms.max()
+
+
+class EMA:
+    """Moves a teacher's parameters towards the student's of the same names."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module):
+        students = dict(student.named_parameters())
+        pairs = [(p, students[name]) for name, p in teacher.named_parameters() if name in students]
+        self.teacher = [teacher_parameter for teacher_parameter, _ in pairs]
+        self.student = [student_parameter for _, student_parameter in pairs]
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> None:
+        """``teacher = momentum * teacher + (1 - momentum) * student``."""
+        torch._foreach_lerp_(self.teacher, self.student, 1 - momentum)
+
+
+def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Leave ``parameters`` out of the coming step, as if they were frozen."""
+    for parameter in parameters:
+        parameter.grad = None

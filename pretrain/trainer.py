@@ -1,0 +1,311 @@
+"""The engine: pre-trains an encoder by a method, with or without MTE, and can be stopped at any moment.
+
+Read ``Trainer.run`` first. A step's randomness comes from (seed, step), a view's from (seed, epoch, image, view), so
+neither the number of processes or workers nor a stop changes what is computed.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mte_bench import records
+from mte_bench.console import log
+from mte_bench.data.sources import ImageSet
+from mte_bench.device import autocast, peak_memory
+from mte_bench.encoders.checkpoint import open_checkpoint, save_auxiliary, save_encoder
+from mte_bench.errors import UserError
+from mte_bench.files import write_text
+from pretrain import distributed, mte, state
+from pretrain.live import CURVES, Curves, LiveLine
+from pretrain.loader import Batch, view_loader
+from pretrain.methods import METHODS
+from pretrain.methods.base import mean_over_processes
+from pretrain.monitor import knn_top1
+from pretrain.optimiser import EMA, build_optimiser, clip_per_tensor, drop_gradients, set_rates
+from pretrain.recipe import Recipe
+from pretrain.schedules import cosine, warmup_cosine
+from pretrain.views import draw_views
+
+LINES_PER_EPOCH = 20
+
+
+class Trainer:
+    """One pre-training run in the folder ``out``.
+
+    ``images`` is the training split; ``held_out`` the split on which k-NN is measured while training, if the recipe
+    asks for it. Raises ``UserError`` for data smaller than a batch, or a folder that holds another run.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        images: ImageSet,
+        out: Path,
+        *,
+        seed: int = 0,
+        device: torch.device,
+        precision: torch.dtype = torch.float32,
+        workers: int = 2,
+        held_out: ImageSet | None = None,
+        allow_corrupt: int = 0,
+        save_minutes: float = 10.0,
+        recipe_name: str = "",
+        process: tuple[int, int] = (0, 1),
+    ):
+        self.recipe, self.images, self.held_out, self.out = recipe, images, held_out, out
+        self.seed, self.device, self.precision, self.workers = seed, device, precision, workers
+        self.allow_corrupt, self.save_minutes, self.recipe_name = allow_corrupt, save_minutes, recipe_name
+        self.rank, self.processes = process
+        micro = self.processes * recipe.accumulate
+        if recipe.batch_size % micro:
+            raise UserError(f"batch_size {recipe.batch_size} must be divisible by {micro} (processes x accumulate)")
+        if len(images) < recipe.batch_size:
+            raise UserError(f"{images.source} has {len(images)} images, fewer than batch_size {recipe.batch_size}; set a smaller one")
+        self.micro_batch = recipe.batch_size // micro
+        self.steps_per_epoch = len(images) // recipe.batch_size
+        self.total_steps = recipe.epochs * self.steps_per_epoch
+        self.step = 0
+        self.seconds = 0.0
+        self.corrupt: set[str] = set()
+
+        kind = METHODS[recipe.method]
+        torch.manual_seed(seed)
+        self.method = kind(kind.Settings.check(recipe.method_settings, "method_settings")).to(device)
+        self.student = mte.Branch(recipe, self.method, student=True).to(device)
+        self.teacher = mte.Branch(recipe, self.method, student=False).to(device)
+        self.teacher.load_state_dict(self.student.state_dict(), strict=False)
+        self.ema = EMA(self.teacher, self.student)
+        self.optimiser = build_optimiser(self.student, recipe.optimiser, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on: the result depends on it and on nothing else."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json", exclude={"description", "knn_every"}),
+            "seed": self.seed,
+            "data": {"source": self.images.source, "fingerprint": self.images.fingerprint},
+            "precision": str(self.precision).removeprefix("torch."),
+        }
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, with the fraction of the current one."""
+        return self.step / self.steps_per_epoch
+
+    def run(self) -> records.Record:
+        """Train to the end, going on where an earlier run in this folder stopped; returns the run's record."""
+        resumed = state.restore(self)
+        if resumed and self.rank == 0:
+            log(f"{self.out}: going on from step {self.step} of {self.total_steps} (epoch {self.epoch:.2f})")
+        if self.rank == 0 and not resumed:
+            self._describe()
+        if self.step < self.total_steps:
+            self._train()
+        return self._record()
+
+    def _train(self) -> None:
+        student: Any = self.student
+        if self.processes > 1:
+            student = nn.parallel.DistributedDataParallel(self.student, broadcast_buffers=False, gradient_as_bucket_view=True)
+        batches = iter(
+            view_loader(
+                self.images,
+                self.recipe,
+                seed=self.seed,
+                first_step=self.step,
+                process=(self.rank, self.processes),
+                workers=self.workers,
+                pin_memory=self.device.type == "cuda",
+                allow_corrupt=self.allow_corrupt,
+                normalise=(self.student.encoder.spec.mean, self.student.encoder.spec.std),
+            )
+        )
+        curves = Curves(self.out, self.step) if self.rank == 0 else None
+        saved = started = time.monotonic()
+        earlier = self.seconds
+        try:
+            with LiveLine(self.total_steps, silent=self.rank != 0) as live:
+                while self.step < self.total_steps:
+                    values = self._step(student, live.timed(batches))
+                    self.step += 1
+                    now = time.monotonic()
+                    self.seconds = earlier + now - started
+                    live.step(self.step, self.epoch, self.recipe.batch_size, values["loss"], peak_memory(self.device))
+                    whole_epoch = self.step % self.steps_per_epoch == 0
+                    if curves:
+                        curves.add(values)
+                        if whole_epoch or self.step % max(1, self.steps_per_epoch // LINES_PER_EPOCH) == 0:
+                            curves.write(self.step, self.epoch)
+                    if whole_epoch or now - saved > 60 * self.save_minutes:
+                        self._save(curves, live, whole_epoch)
+                        saved = time.monotonic()
+        finally:
+            if curves:
+                curves.close()
+
+    def _step(self, student: Any, batches: Iterator[Batch]) -> dict[str, float]:
+        """One optimiser step on the next global batch; returns the loss and what the schedules gave."""
+        recipe, settings = self.recipe, self.recipe.optimiser
+        warmup = round(settings.warmup_epochs * self.steps_per_epoch)
+        peak = settings.lr * recipe.batch_size / settings.lr_per
+        lr = warmup_cosine(self.step, self.total_steps, peak, settings.min_lr, warmup)
+        weight_decay = cosine(self.step, self.total_steps, settings.weight_decay, settings.weight_decay_end)
+        momentum = cosine(self.step, self.total_steps, *recipe.momentum)
+        set_rates(self.optimiser, lr, weight_decay)
+
+        epoch = self.step // self.steps_per_epoch
+        teacher_vectors: list[Tensor] = []
+        sums: dict[str, Tensor] = {}
+        for micro in range(recipe.accumulate):
+            batch = next(batches)
+            self.corrupt.update(batch.corrupt)
+            groups = [group.to(self.device, non_blocking=True) for group in batch.groups]
+            last = micro == recipe.accumulate - 1
+            with nullcontext() if last or self.processes == 1 else student.no_sync():
+                parts, vectors = self.forward(student, groups, self._drop_path(groups, micro), epoch)
+                self.scaler.scale(parts["loss"] / recipe.accumulate).backward()
+            teacher_vectors.append(vectors)
+            for key, value in parts.items():
+                sums[key] = sums.get(key, 0) + value.detach() / recipe.accumulate
+        means = mean_over_processes(torch.stack([value.float() for value in sums.values()]))
+        values = dict(zip(sums, means.tolist(), strict=True))
+        if not math.isfinite(values["loss"]):
+            self._stop_at_non_finite(values["loss"], epoch)
+        drop_gradients(self.method.without_gradient(self.student, epoch))
+        values |= self.update(momentum)
+        with torch.no_grad():
+            self.method.update(teacher_vectors)
+        return values | {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+
+    def forward(
+        self, student: nn.Module, groups: list[Tensor], drop_path: list[Tensor | None], epoch: int
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The loss and its parts for one micro-batch, and the teacher's vectors of all views, stacked."""
+        with autocast(self.device, self.precision):
+            vectors = mte.teacher_vectors(self.teacher, groups, self.recipe)
+            targets = [self.method.target(vector, epoch) for vector in vectors]
+            return mte.loss(self.method, student(groups, drop_path), targets, self.recipe), torch.cat(vectors)
+
+    def update(self, momentum: float) -> dict[str, float]:
+        """Clip, step the student and move the teacher; returns the largest gradient norm where gradients are clipped."""
+        self.scaler.unscale_(self.optimiser)
+        values = {}
+        if self.recipe.optimiser.clip is not None:
+            values["grad_norm"] = clip_per_tensor(self.student, self.recipe.optimiser.clip).item()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.ema.update(momentum)
+        return values
+
+    def _drop_path(self, groups: list[Tensor], micro: int) -> list[Tensor | None]:
+        """Draws of stochastic depth for this process's images, cut out of the global batch's."""
+        generator = torch.Generator().manual_seed((self.seed << 40) + self.step)
+        start = (self.rank * self.recipe.accumulate + micro) * self.micro_batch
+        draws: list[Tensor | None] = []
+        for group in groups:
+            views, size = group.shape[:2]
+            drawn = self.student.encoder.draw_drop_path(views * self.recipe.batch_size, generator)
+            if drawn is not None:
+                drawn = drawn.view(-1, views, self.recipe.batch_size)[:, :, start : start + size].flatten(1).to(self.device)
+            draws.append(drawn)
+        return draws
+
+    def _stop_at_non_finite(self, loss: float, epoch: int) -> None:
+        """Name what is needed to look into it; nothing of this step has touched weights or state."""
+        order = self.step % self.steps_per_epoch * self.recipe.batch_size
+        indices = view_loader_order(self.images, self.seed, epoch)[order : order + self.recipe.batch_size]
+        names = [self.images.name(int(index)) for index in indices]
+        listing = self.out / "non_finite_batch.txt"
+        if self.rank == 0:
+            write_text(listing, "\n".join(names) + "\n")
+        good = self.out / state.NAME
+        raise UserError(
+            f"the loss is {loss} at step {self.step + 1} (epoch {epoch + 1}); its batch is listed in {listing} "
+            f"({names[0]}, ...); the last good checkpoint is {good if good.exists() else 'none'}; "
+            "try a lower optimiser.lr, a smaller optimiser.clip or --precision float32"
+        )
+
+    def _describe(self) -> None:
+        """What a reader of the folder wants first: the resolved recipe and a picture of the views."""
+        import yaml
+
+        values = self.recipe.model_dump(mode="json")
+        write_text(self.out / "recipe.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        draw_views(self.out / "views.png", self.images, self.recipe.views, self.seed)
+
+    def _save(self, curves: Curves | None, live: LiveLine, whole_epoch: bool) -> None:
+        """Measure k-NN if it is due, then write the encoder, the auxiliary part and the state."""
+        if curves:
+            curves.write(self.step, self.epoch)
+            every = self.recipe.knn_every
+            if whole_epoch and every and self.held_out and (round(self.epoch) % every == 0 or self.step == self.total_steps):
+                top1 = knn_top1(self._evaluated.encoder, self.images, self.held_out, self.device, self.workers)
+                curves.line({"step": self.step, "epoch": self.epoch, "knn_top1": top1})
+                log(f"\nepoch {self.epoch:.0f}: k-NN top-1 {top1:.2f} %")
+            self._export()
+            state.save(self)
+        distributed.barrier()
+
+    @property
+    def _evaluated(self) -> mte.Branch:
+        return self.teacher if self.method.evaluates == "teacher" else self.student
+
+    def _export(self) -> None:
+        recipe, branch = self.recipe, self._evaluated
+        metadata = {
+            "method": recipe.method,
+            "title": recipe.title,
+            "mte": recipe.mte is not None,
+            "recipe": self.recipe_name,
+            "recipe_hash": recipe.hash,
+            "epoch": self.epoch,
+            "epochs": recipe.epochs,
+            "seed": self.seed,
+            "data": self.images.source,
+            "data_fingerprint": self.images.fingerprint,
+        }
+        save_encoder(self.out / "encoder.safetensors", branch.encoder, metadata)
+        if branch.auxiliary is not None:
+            heads = {"global": branch.head, "tail": branch.tail, "fusion": branch.fusion}
+            if branch.heads is not None:
+                heads["auxiliary"] = branch.heads
+            save_auxiliary(self.out / "auxiliary.safetensors", branch.auxiliary, heads, metadata)
+
+    def _record(self) -> records.Record:
+        """The run's own record: cost and the last loss."""
+        lines = [json.loads(line) for line in (self.out / CURVES).read_text().splitlines()]
+        epoch = [line["loss"] for line in lines if "loss" in line and line["epoch"] > self.recipe.epochs - 1]
+        images = self.total_steps * self.recipe.batch_size
+        record = records.make_record(
+            task="pretrain",
+            protocol=records.Protocol(name=self.recipe_name, settings=self.recipe.model_dump(mode="json")),
+            subject=open_checkpoint(str(self.out)).subject,
+            data=records.Data(
+                source=self.images.source,
+                split=self.images.split,
+                images={self.images.split: len(self.images)},
+                classes=len(self.images.classes) or None,
+                fingerprint=self.images.fingerprint,
+                subset=self.images.subset,
+                corrupt=sorted(self.corrupt),
+            ),
+            metrics={"loss": records.Metric(value=sum(epoch) / len(epoch), n=len(epoch))},
+            cost=records.Cost(
+                seconds=self.seconds, images_per_second=images / self.seconds, peak_memory_bytes=peak_memory(self.device)
+            ),
+            files={"curves": CURVES, "views": "views.png"},
+            details={"precision": self.identity["precision"], "processes": self.processes, "steps": self.total_steps},
+        )
+        if self.rank == 0:
+            records.write_record(self.out, record)
+        return record
