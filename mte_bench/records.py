@@ -47,6 +47,10 @@ class Subject(Settings):
     family: str
     arch: str
     image_size: int | None = None
+    patch_size: int | None = None
+    """Where it is not the one in ``arch``."""
+    arch_options: dict[str, Any] = {}
+    """Further keyword arguments of the timm model."""
     method: str | None = None
     mte: bool = False
     epochs: float | None = None

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from mte_bench.errors import UserError
 from mte_bench.files import hash_of
 from mte_bench.records import Record, Subject, find_records, read_record
-from reports.naming import architecture_title, method_title
+from reports.naming import architecture_title, data_key, method_title
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,6 @@ class Collection:
         """The resolved recipe that ``subject`` was pre-trained with; empty if no pre-training record tells."""
         return self.recipes.get(subject.recipe_hash or "", {})
 
-    def architecture(self, subject: Subject) -> str:
-        """The subject's architecture as tables print it, with what the recipe changed of it."""
-        return architecture_title(subject.arch, self.recipe(subject))
-
 
 def collect(paths: Iterable[str | Path]) -> Collection:
     """Read every record below ``paths``; those that are broken or of another schema are kept as ``unusable``.
@@ -106,7 +102,13 @@ def _order(entry: Entry) -> tuple[str, ...]:
     record, subject = entry.record, entry.record.subject
     seed = "" if subject.seed is None else f"{subject.seed:012d}"
     rank = "0" if is_random(subject) else "1"
-    kind = (rank, subject.arch, (subject.method or subject.family).lower(), f"{subject.epochs or 0:012.3f}", str(subject.mte))
+    kind = (
+        rank,
+        architecture_title(subject),
+        (subject.method or subject.family).lower(),
+        f"{subject.epochs or 0:012.3f}",
+        str(subject.mte),
+    )
     return (record.data.source, *kind, seed, record.task, record.created, subject.sha256, protocol_text(record), record.command)
 
 
@@ -164,7 +166,7 @@ class DataTable:
 
 def _partner(row: Row) -> tuple[object, ...]:
     subject = row.subject
-    return (row.plain_recipe, subject.arch, subject.image_size, subject.epochs, subject.pretrain_data)
+    return (row.plain_recipe, row.architecture, subject.image_size, subject.epochs, data_key(subject.pretrain_data or ""))
 
 
 def data_tables(collection: Collection) -> list[DataTable]:
@@ -181,8 +183,9 @@ def _table(collection: Collection, entries: list[Entry]) -> DataTable:
     for key, repeat, measure, entry in _places(entries):
         subject = entry.record.subject
         if (key, repeat) not in rows:
-            recipe = collection.recipe(subject)
-            rows[key, repeat] = Row(subject, method_title(subject), collection.architecture(subject), repeat, plain_hash(recipe))
+            rows[key, repeat] = Row(
+                subject, method_title(subject), architecture_title(subject), repeat, plain_hash(collection.recipe(subject))
+            )
         rows[key, repeat].cells.setdefault(measure, {})[subject.seed] = entry
     ordered = sorted(rows.values(), key=_row_order)
     return DataTable(entries[0].record, _measures(entries), tuple(ordered))
@@ -225,7 +228,8 @@ def _places(entries: list[Entry]) -> list[tuple[tuple[object, ...], int, Measure
 def _row_key(subject: Subject) -> tuple[object, ...]:
     named = () if subject.seed is not None else (subject.sha256,)  # without a seed each checkpoint is its own kind
     kind = ("random",) if is_random(subject) else (subject.method or subject.family, subject.mte, subject.epochs)
-    return (*kind, subject.arch, subject.image_size, subject.recipe_hash or subject.recipe, subject.pretrain_data, *named)
+    network = (architecture_title(subject), subject.arch, subject.image_size)
+    return (*kind, *network, subject.recipe_hash or subject.recipe, data_key(subject.pretrain_data or ""), *named)
 
 
 def _measures(entries: list[Entry]) -> tuple[Measure, ...]:

@@ -1,11 +1,8 @@
 """The ``report`` verb."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from reports.report import Report
 
 
 def report(
@@ -15,7 +12,7 @@ def report(
         bool, typer.Option("--no-pictures-of-images", help="Leave out pictures that show the data's images.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the summary of all cells as JSON on stdout.")] = False,
-) -> "Report":
+) -> Any:
     """Write a report (markdown and pictures) from the records of runs."""
     from mte_bench.console import log, show_json, show_table
     from reports.naming import data_title

@@ -14,7 +14,7 @@ from mte_bench.files import atomic
 from mte_bench.plotting import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, picture
 from mte_bench.records import Record
 from reports.collect import Collection, Entry, Unusable
-from reports.naming import data_title, method_key, method_title, slug
+from reports.naming import architecture_title, data_title, method_key, method_title, slug
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,7 +110,7 @@ def draw_curves(collection: Collection, out: Path) -> list[Figure]:
         curves = read_curves(entry, collection.unusable)
         if curves is not None:
             record = entry.record
-            architecture = collection.architecture(record.subject)
+            architecture = architecture_title(record.subject)
             key = (data_title(record.data.source), record.data.fingerprint, architecture, record.subject.image_size)
             groups.setdefault(key, []).append((entry, curves))
     figures: list[Figure] = []

@@ -1,9 +1,7 @@
 """How subjects, architectures and sources are called in tables: the paper's words where it has one."""
 
 import re
-from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any
 
 from mte_bench.records import Subject
 
@@ -15,6 +13,8 @@ METHODS = {
     "moby": "MoBY",
     "hssl": "HSSL",
     "supervised": "supervised",
+    "dinov2": "DINOv2",
+    "mae": "MAE",
 }
 
 _SIZES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
@@ -38,21 +38,18 @@ def method_title(subject: Subject) -> str:
     return f"{title}+MTE" if subject.mte else title
 
 
-def architecture_title(arch: str, recipe: Mapping[str, Any] | None = None) -> str:
+def architecture_title(subject: Subject) -> str:
     """``ViT-S/16`` for timm's ``vit_small_patch16_224``; the name itself where it has no short one.
 
-    ``recipe`` may change the patch size and further options, which are then named, because ``ViT-S`` is no longer all.
+    Options of the model (another depth or width) are named too, because then ``ViT-S`` does not say it all.
     """
-    recipe = recipe or {}
-    title = arch
-    if vit := _VIT.fullmatch(arch):
-        family = "ViT" if vit[1] == "vit" else "DeiT"
-        title = f"{family}-{_SIZES[vit[2]]}/{recipe.get('patch_size') or vit[3]}"
-    elif swin := _SWIN.fullmatch(arch):
+    title = subject.arch
+    if vit := _VIT.fullmatch(subject.arch):
+        title = f"{'ViT' if vit[1] == 'vit' else 'DeiT'}-{_SIZES[vit[2]]}/{subject.patch_size or vit[3]}"
+    elif swin := _SWIN.fullmatch(subject.arch):
         title = f"Swin-{_SIZES[swin[1]].replace('Ti', 'T')}"
-    options = recipe.get("arch_options") or {}
-    changes = [f"{_OPTIONS.get(key, key)} {value}" for key, value in sorted(options.items())]
-    return f"{title} ({', '.join(changes)})" if changes else title
+    options = [f"{_OPTIONS.get(key, key)} {value}" for key, value in sorted(subject.arch_options.items())]
+    return f"{title} ({', '.join(options)})" if options else title
 
 
 def data_title(source: str) -> str:
@@ -60,6 +57,11 @@ def data_title(source: str) -> str:
     kind, colon, rest = source.partition(":")
     place = (rest if colon else kind).partition("?")[0]
     return re.sub(r"[{*\[].*", "", PurePath(place).name).rstrip("-_.") or kind
+
+
+def data_key(source: str) -> str:
+    """The title with the options: the same images at two places, or two subsets at one, are told apart."""
+    return f"{data_title(source)}?{source.partition('?')[2]}"
 
 
 def slug(text: str) -> str:

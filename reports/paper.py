@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from mte_bench.records import Record
-from reports.naming import architecture_title, method_key
+from reports.naming import architecture_title, data_key, method_key
 
 COLUMNS = {"knn": "knn_top1", "linear": "linear_top1"}
 """The paper's column of each task."""
@@ -40,7 +40,7 @@ def printed(record: Record, recipe: Mapping[str, Any]) -> float | None:
             same = (
                 method_key(row["method"]) == method_key(subject.method or "")
                 and row["method"].endswith("+MTE") == subject.mte
-                and architecture == architecture_title(subject.arch, recipe)
+                and architecture == architecture_title(subject)
                 and row["epochs"] == subject.epochs
             )
             if same:
@@ -49,12 +49,16 @@ def printed(record: Record, recipe: Mapping[str, Any]) -> float | None:
 
 
 def _same_evaluation(record: Record) -> bool:
-    known, data = paper()["comparable"], record.data
+    known, data, subject = paper()["comparable"], record.data, record.subject
+    protocol = known["protocols"].get(record.task)
     return (
-        record.protocol.name in known["protocols"].get(record.task, ())
+        protocol is not None
+        and record.protocol.name == protocol["name"]
+        and all(record.protocol.settings.get(key) == value for key, value in protocol["settings"].items())
         and data.subset is None
         and data.classes == known["data"]["classes"]
         and data.images.get("train") == known["data"]["train"]
         and data.images.get("val") == known["data"]["val"]
-        and record.subject.image_size == known["image_size"]
+        and data_key(data.source) == data_key(subject.pretrain_data or "")
+        and subject.image_size == known["image_size"]
     )

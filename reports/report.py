@@ -16,7 +16,7 @@ from reports.collect import Collection, collect, data_tables
 from reports.compare import Predictions
 from reports.figures import FOLDER, Figure, Kind, copy_pictures, draw_curves
 from reports.markdown import Table, link_text, plain_text
-from reports.naming import data_title
+from reports.naming import architecture_title, data_title
 from reports.runs import cost_table, environments, period, record_table
 from reports.tables import Section, accuracy_table, cell_summary, section, seed_table
 
@@ -50,9 +50,8 @@ def write_report(runs: Sequence[str | Path], out: str | Path, pictures_of_images
     pictures = copy_pictures(collection, out, pictures_of_images)
     files = [figure.file for figure in [*curves, *(figure for figures in pictures.values() for figure in figures)]]
 
-    unusable = [
-        f"{link_text(item.path, out)}: {item.reason.replace(str(item.path), item.path.name)}" for item in collection.unusable
-    ]
+    left_out = ((item.path, item.reason.replace(str(item.path), item.path.name)) for item in collection.unusable)
+    unusable = [f"{link_text(path, out)}: {reason}" for path, reason in left_out]
     summary = {
         "schema_version": SCHEMA_VERSION,
         "records": len(collection.entries),
@@ -104,7 +103,7 @@ def _opening(collection: Collection, sections: Sequence[Section]) -> dict[str, s
     seeds = sorted({record.subject.seed for record in all_records if record.subject.seed is not None})
     return {
         "methods": plain_text(_listed(entry.title for entry in collection.entries)),
-        "architectures": plain_text(_listed(collection.architecture(record.subject) for record in all_records)),
+        "architectures": plain_text(_listed(architecture_title(record.subject) for record in all_records)),
         "data": _listed(_data_text(part.data.record) for part in sections),
         "seeds": _listed(map(str, seeds)),
         "records": str(len(all_records)),

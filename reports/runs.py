@@ -6,7 +6,7 @@ from pathlib import Path
 from mte_bench.records import RECORD_NAME, Record
 from reports.collect import HEADLINES, Collection, Entry, plain_hash, protocol_text
 from reports.markdown import MISSING, Table, interval, link, plain_text
-from reports.naming import data_title, method_title
+from reports.naming import architecture_title, data_title, method_title
 
 VERSIONS = ("mte-bench", "torch", "torchvision", "timm", "faiss-cpu", "python")
 """Those of a record's versions that the report shows."""
@@ -40,7 +40,7 @@ def _cost(record: Record, plain: Record | None, collection: Collection) -> tuple
         ratios = [_ratio(getattr(cost, name), getattr(plain.cost, name) if plain else None) for name in names]
     return (
         method_title(subject),
-        collection.architecture(subject),
+        architecture_title(subject),
         plain_text(data_title(record.data.source)),
         plain_text(str(record.environment.get("device") or MISSING)),
         MISSING if subject.epochs is None else f"{subject.epochs:g}",
@@ -80,7 +80,7 @@ def _record_row(entry: Entry, collection: Collection, out: Path, environments: S
     name, value, n = headline(record)
     return (
         f"[{plain_text(record.task)}]({link(entry.folder / RECORD_NAME, out)})",
-        f"{plain_text(method_title(subject))}, {plain_text(collection.architecture(subject))}",
+        f"{plain_text(method_title(subject))}, {plain_text(architecture_title(subject))}",
         MISSING if subject.seed is None else str(subject.seed),
         plain_text(data_title(record.data.source)) + (f" ({plain_text(record.data.subset)})" if record.data.subset else ""),
         f"`{protocol_text(record)}`",

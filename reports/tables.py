@@ -92,7 +92,7 @@ def _method(row: Row, table: DataTable) -> str:
     if len({(other.subject.recipe_hash, other.subject.sha256 if other.subject.seed is None else "") for other in same}) > 1:
         name = plain_text(row.subject.recipe or row.subject.family)
         text += f"\n{name} `{(row.subject.recipe_hash or row.subject.sha256)[:6]}`"
-    pretrained_on = {other.subject.pretrain_data for other in table.rows if other.subject.pretrain_data}
+    pretrained_on = {data_title(other.subject.pretrain_data) for other in table.rows if other.subject.pretrain_data}
     if len(pretrained_on) > 1 and row.subject.pretrain_data:
         text += f"\n(pre-trained on {plain_text(data_title(row.subject.pretrain_data))})"
     return text + (f"\n(repeat {row.repeat + 1})" if row.repeat else "")

@@ -27,7 +27,8 @@ IMAGENET = {
     "fingerprint": "1111" * 4,
     "images": {"train": 1281167, "val": 50000},
 }
-PROTOCOLS = {"knn": Protocol(name="dino", settings={"k": [10, 20]}), "linear": Protocol(name="fast", settings={"epochs": 100})}
+KNN = {"feature": "global", "image_size": None, "resize": None, "temperature": 0.07, "k": [10, 20, 100, 200]}
+PROTOCOLS = {"knn": Protocol(name="knn", settings=KNN), "linear": Protocol(name="linear-fast", settings={"epochs": 100})}
 HEADLINE = {"knn": "top1_k10", "linear": "top1"}
 
 
@@ -42,7 +43,7 @@ def subject(mte=False, seed=0, random=False, **changes):
         named = {"checkpoint": f"random:{arch}", "family": "random", "sha256": f"{seed:02}" + "f" * 62}
         return Subject(**({"arch": arch, "image_size": size, "seed": seed} | named | changes))
     known = {"method": "dino", "mte": mte, "epochs": 30, "recipe": "dino_mte" if mte else "dino"}
-    trained = {"recipe_hash": "bbbb00000000" if mte else "aaaa00000000", "seed": seed, "pretrain_data": "scenes"}
+    trained = {"recipe_hash": "bbbb00000000" if mte else "aaaa00000000", "seed": seed, "pretrain_data": "scenes?train=4000"}
     named = {"checkpoint": f"runs/{mte}-{seed}", "family": "mte-bench", "sha256": f"{int(mte)}{seed}" + "0" * 62}
     return Subject(**({"arch": arch, "image_size": size} | known | trained | named | changes))
 
@@ -263,7 +264,7 @@ def test_a_missing_cell_is_missing(tmp_path):
 
 def test_other_protocols_and_other_data_are_never_put_together(tmp_path):
     evaluation(tmp_path / "a", "knn", subject(), 0.5)
-    evaluation(tmp_path / "b", "knn", subject(), 0.6, protocol=Protocol(name="dino", settings={"k": [10], "blocks": 4}))
+    evaluation(tmp_path / "b", "knn", subject(), 0.6, protocol=Protocol(name="knn", settings=KNN | {"temperature": 0.1}))
     evaluation(tmp_path / "c", "knn", subject(), 0.7, CIFAR)
     evaluation(tmp_path / "d", "knn", subject(), 0.8, {**CIFAR, "subset": "per_class=10"})
     evaluation(tmp_path / "e", "knn", subject(), 0.9, {**CIFAR, "source": "imagefolder:/elsewhere/cifar10"})
@@ -374,12 +375,14 @@ def test_cost_ratios_are_to_the_plain_run_of_the_same_seed_on_the_same_device(tm
     assert {row[6] for row in rows} == {"10 min 00 s", "11 min 30 s"}
 
 
+TRAINED = {"image_size": 224, "epochs": 100, "pretrain_data": IMAGENET["source"]}
+
+
 def imagenet_record(mte=False, **changes):
-    who = subject(mte, image_size=224, epochs=100)
     parts = {
         "task": "knn",
-        "protocol": Protocol(name="dino"),
-        "subject": who,
+        "protocol": PROTOCOLS["knn"],
+        "subject": subject(mte, **TRAINED),
         "data": Data(split="val", **IMAGENET),
         "metrics": {},
         "cost": Cost(seconds=1.0),
@@ -389,23 +392,26 @@ def imagenet_record(mte=False, **changes):
 
 
 def test_the_papers_number_stands_only_beside_what_is_comparable():
-    settings = recipe(epochs=100)
-    assert printed(imagenet_record(), settings) == 61.2
-    assert printed(imagenet_record(mte=True), recipe(True, epochs=100)) == 66.6
-    ibot = subject(image_size=224, epochs=100, method="iBOT")
-    assert printed(imagenet_record(subject=ibot), settings) == 65.2
-    assert printed(imagenet_record(subject=ibot), recipe(views={"local_count": 10})) == 71.5  # Table 6
+    assert printed(imagenet_record(), recipe()) == 61.2
+    assert printed(imagenet_record(mte=True), recipe(True)) == 66.6
+    ibot = imagenet_record(subject=subject(**TRAINED, method="iBOT"))
+    assert printed(ibot, recipe()) == 65.2
+    assert printed(ibot, recipe(views={"local_count": 10})) == 71.5  # Table 6
     for changes in (
         {"data": Data(split="val", **SCENES)},
         {"data": Data(split="val", **IMAGENET, subset="per_class=100")},
-        {"protocol": Protocol(name="other")},
-        {"subject": subject(image_size=224, epochs=99)},
-        {"subject": subject(image_size=96, epochs=100)},
-        {"subject": subject(image_size=224, epochs=100, arch="vit_tiny_patch16_224")},
+        {"protocol": Protocol(name="other", settings=KNN)},
+        {"protocol": Protocol(name="knn", settings=KNN | {"temperature": 0.1})},
+        {"task": "linear", "protocol": PROTOCOLS["linear"]},
+        {"subject": subject(**TRAINED | {"epochs": 99})},
+        {"subject": subject(**TRAINED | {"image_size": 96})},
+        {"subject": subject(**TRAINED | {"pretrain_data": "scenes"})},
+        {"subject": subject(**TRAINED, arch="vit_tiny_patch16_224")},
+        {"subject": subject(**TRAINED, patch_size=8)},
+        {"subject": subject(**TRAINED, arch_options={"depth": 6})},
     ):
-        assert printed(imagenet_record(**changes), settings) is None
+        assert printed(imagenet_record(**changes), recipe()) is None
     assert printed(imagenet_record(), recipe(views={"local_count": 8})) is None
-    assert printed(imagenet_record(), recipe(patch_size=8)) is None
     assert printed(imagenet_record(), {}) is None
 
 
@@ -429,10 +435,11 @@ def test_the_papers_tables_keep_the_gains_that_its_prose_states():
 
 
 def test_names():
-    assert architecture_title("vit_base_patch16_224") == "ViT-B/16"
-    assert architecture_title("vit_tiny_patch16_224", {"patch_size": 8, "arch_options": {"depth": 6}}) == "ViT-Ti/8 (depth 6)"
-    assert architecture_title("swin_tiny_patch4_window7_224") == "Swin-T"
-    assert architecture_title("vit_small_patch14_dinov2.lvd142m") == "vit_small_patch14_dinov2.lvd142m"
+    assert architecture_title(subject(arch="vit_base_patch16_224")) == "ViT-B/16"
+    tiny = subject(arch="vit_tiny_patch16_224", patch_size=8, arch_options={"depth": 6})
+    assert architecture_title(tiny) == "ViT-Ti/8 (depth 6)"
+    assert architecture_title(subject(arch="swin_tiny_patch4_window7_224")) == "Swin-T"
+    assert architecture_title(subject(arch="vit_small_patch14_dinov2")) == "vit_small_patch14_dinov2"
     assert data_title("scenes?train=10&val=5") == "scenes"
     assert data_title("imagefolder:/somewhere/else/cifar10/?per_class=10") == "cifar10"
     assert data_title("tar:shards/photos-{000..146}.tar") == "photos"

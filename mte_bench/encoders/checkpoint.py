@@ -306,6 +306,8 @@ def _subject(text: str, family: str, encoder: Encoder, metadata: Mapping[str, An
             "family": family,
             "arch": encoder.spec.arch,
             "image_size": encoder.spec.image_size,
+            "patch_size": encoder.spec.patch_size,
+            "arch_options": encoder.spec.options,
             **known,
         },
         f"{text}: metadata",
