@@ -12,7 +12,7 @@ DATA = "scenes"
 
 
 def quickstart(
-    out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the runs, their records and the report.")] = "quickstart",
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of runs and report (default: quickstart).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of both pre-trainings.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     smoke: Annotated[bool, typer.Option("--smoke", help="Two batches of everything, to see that it runs.")] = False,
@@ -26,7 +26,7 @@ def quickstart(
 
     from mte_bench.console import log, show_json, show_table
 
-    folder = Path(out)
+    folder = Path(out or ("quickstart-smoke" if smoke else "quickstart"))
     plain, enhanced = str(folder / "dino"), str(folder / "dino-mte")
     common = ["--device", device, *(["--smoke"] if smoke else [])]
 
