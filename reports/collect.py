@@ -142,9 +142,10 @@ class Row:
         return 0 if is_random(self.subject) else 2 if self.subject.mte else 1
 
     @property
-    def seeds(self) -> list[SEED]:
-        """Every seed that any column was measured with."""
-        return sorted({seed for cell in self.cells.values() for seed in cell}, key=lambda seed: (seed is not None, seed))
+    def epochs(self) -> str:
+        """Length of the pre-training, ``–`` if it is not known."""
+        epochs = 0 if self.kind == 0 else self.subject.epochs
+        return "–" if epochs is None else f"{epochs:g}"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def report(
         for part in written.sections:
             columns = ["method", "architecture", "epochs", *(measure.title for measure in part.data.measures)]
             rows = [
-                [row.title, row.architecture, row.subject.epochs, *(cell.value and cell.value.value for cell in cells)]
+                [row.title, row.architecture, row.epochs, *(cell.value and cell.value.value for cell in cells)]
                 for row, cells in part.cells
             ]
             show_table(f"{data_title(part.data.record.data.source)}, top-1 in percent", columns, rows)

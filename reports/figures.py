@@ -26,6 +26,7 @@ COLOURS = {"dino": BLUE, "ibot": RED, "byol": GREEN, "mocov3": PINK, "moby": ORA
 """The colour of a method is the same in every report; with MTE the line is solid, without it dashed."""
 
 FINEST = 20  # points of a loss curve that is shorter than so many epochs; longer ones have one per epoch
+MARKED = 10  # points up to which each is marked on its line
 GAP = 0.075  # between two labels at the ends of lines, as a share of the axis
 
 
@@ -105,20 +106,21 @@ class Line:
 
 def draw_curves(collection: Collection, out: Path) -> list[Figure]:
     """One picture of loss and k-NN over epochs per data and architecture, from the curves of the pre-training runs."""
-    groups: dict[tuple[str, str, str, int | None], list[tuple[Entry, Curves]]] = {}
+    groups: dict[tuple[str, str, str], list[tuple[Entry, Curves]]] = {}
     for entry in collection.of("pretrain"):
         curves = read_curves(entry, collection.unusable)
         if curves is not None:
             record = entry.record
             architecture = architecture_title(record.subject)
-            key = (data_title(record.data.source), record.data.fingerprint, architecture, record.subject.image_size)
+            key = (data_title(record.data.source), record.data.fingerprint, architecture)
             groups.setdefault(key, []).append((entry, curves))
     figures: list[Figure] = []
-    for (data, _, architecture, _), members in groups.items():
+    for (data, _, architecture), members in groups.items():
         file = _unused(figures, f"curves-{slug(f'{data} {architecture}')}", ".png")
-        _draw_curves(out / file, _lines(members))
-        number = "1 run" if len(members) == 1 else f"{len(members)} runs"
-        figures.append(Figure(file, f"{data}, {architecture}", number))
+        lines = _lines(members)
+        _draw_curves(out / file, lines)
+        remark = ", ".join(f"{line.label}: {len(line.runs)} run{'s' * (len(line.runs) > 1)}" for line in lines)
+        figures.append(Figure(file, f"{data}, {architecture}", remark))
     return figures
 
 
@@ -208,7 +210,7 @@ def _draw_line(axes: "Axes", line: Line, runs: list[Points]) -> tuple[float, flo
     if not common:
         return float(runs[0][-1, 0]), float(runs[0][-1, 1])
     mean = np.mean([points[np.isin(np.round(points[:, 0], 6), common), 1] for points in runs], axis=0)
-    marker = "o" if len(common) <= FINEST else None
+    marker = "o" if len(common) <= MARKED else None
     axes.plot(common, mean, color=colour, linestyle=style, linewidth=2.2, marker=marker, markersize=3.5)
     return common[-1], float(mean[-1])
 
@@ -222,9 +224,8 @@ def _label_ends(axes: "Axes", ends: list[tuple[float, float, Line]]) -> None:
         places[index] = max(places[index], places[index - 1] + GAP)
     excess = max(places[-1] - 1.0, 0.0) if places else 0.0
     for place, (_, _, line) in zip(places, ordered, strict=True):
-        seeds = f" ({len(line.runs)} seeds)" if len(line.runs) > 1 else ""
         axes.annotate(
-            line.label + seeds,
+            line.label,
             (1.02, place - excess),
             xycoords="axes fraction",
             va="center",

@@ -11,16 +11,16 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; a line break in a cell is ``\\n``. The ``text`` first columns are left-aligned, the others right."""
+    """Cells as text; a line break in a cell is ``\\n``. ``align`` is ``l`` or ``r`` for each column."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    text: int = 1
+    align: str
 
     def markdown(self) -> str:
         """The table as GitHub writes it."""
-        rule = [":---" if index < self.text else "---:" for index in range(len(self.columns))]
-        lines = [self.columns, tuple(rule), *self.rows]
+        rule = tuple({"l": ":---", "r": "---:"}[side] for side in self.align)
+        lines = [self.columns, rule, *self.rows]
         return "\n".join(f"| {' | '.join(_escape(cell) for cell in line)} |" for line in lines)
 
 

@@ -41,7 +41,7 @@ def method_title(subject: Subject) -> str:
 def architecture_title(subject: Subject) -> str:
     """``ViT-S/16`` for timm's ``vit_small_patch16_224``; the name itself where it has no short one.
 
-    Options of the model (another depth or width) are named too, because then ``ViT-S`` does not say it all.
+    Options of the model (another depth or width) and an image size other than 224 are named too.
     """
     title = subject.arch
     if vit := _VIT.fullmatch(subject.arch):
@@ -49,7 +49,8 @@ def architecture_title(subject: Subject) -> str:
     elif swin := _SWIN.fullmatch(subject.arch):
         title = f"Swin-{_SIZES[swin[1]].replace('Ti', 'T')}"
     options = [f"{_OPTIONS.get(key, key)} {value}" for key, value in sorted(subject.arch_options.items())]
-    return f"{title} ({', '.join(options)})" if options else title
+    title += f" ({', '.join(options)})" if options else ""
+    return title if subject.image_size in (None, 224) else f"{title} at {subject.image_size} px"
 
 
 def data_title(source: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mte_bench.files import write_json, write_text
 from mte_bench.records import Record
-from reports.collect import Collection, collect, data_tables
+from reports.collect import HEADLINES, Collection, collect, data_tables
 from reports.compare import Predictions
 from reports.figures import FOLDER, Figure, Kind, copy_pictures, draw_curves
 from reports.markdown import Table, link_text, plain_text
@@ -100,15 +100,20 @@ def _title(sections: Sequence[Section], collection: Collection) -> str:
 def _opening(collection: Collection, sections: Sequence[Section]) -> dict[str, str]:
     """The parts of the sentence that says what was compared."""
     all_records = [entry.record for entry in collection.entries]
+    evaluated = [part.data.record for part in sections]
     seeds = sorted({record.subject.seed for record in all_records if record.subject.seed is not None})
     return {
         "methods": plain_text(_listed(entry.title for entry in collection.entries)),
         "architectures": plain_text(_listed(architecture_title(record.subject) for record in all_records)),
-        "data": _listed(_data_text(part.data.record) for part in sections),
+        "data": _listed(f"{_data_title(record)} ({_data_text(record)})" for record in evaluated),
         "seeds": _listed(map(str, seeds)),
         "records": str(len(all_records)),
         "period": period(all_records),
     }
+
+
+def _data_title(record: Record) -> str:
+    return plain_text(data_title(record.data.source))
 
 
 def _data_text(record: Record) -> str:
@@ -117,7 +122,7 @@ def _data_text(record: Record) -> str:
     counts = " and ".join(f"{count:,} {names.get(split, split)}" for split, count in data.images.items())
     classes = f", {data.classes} classes" if data.classes else ""
     subset = f", subset {data.subset}" if data.subset else ""
-    return plain_text(f"{data_title(data.source)} ({counts} images{classes}{subset})")
+    return plain_text(f"{counts} images{classes}{subset}")
 
 
 def _again(runs: Iterable[str | Path], out: Path, pictures_of_images: bool) -> str:
@@ -128,16 +133,15 @@ def _again(runs: Iterable[str | Path], out: Path, pictures_of_images: bool) -> s
 
 def _section_view(part: Section) -> dict[str, Any]:
     record = part.data.record
-    protocols = [f"{measure.title.partition(' (')[0]} `{measure.protocol}`" for measure in part.data.measures]
+    protocols = [f"{HEADLINES[m.task][1]} `{m.metric}` by `{m.protocol}`" for m in part.data.measures]
     return {
-        "title": plain_text(data_title(record.data.source)),
+        "title": _data_title(record),
         "data": _data_text(record),
         "fingerprint": record.data.fingerprint,
         "protocols": _listed(protocols),
         "chance": f"{100 / record.data.classes:.3g}" if record.data.classes else None,
         "accuracy": accuracy_table(part).markdown(),
         "seeds": _markdown(seed_table(part)),
-        "has_paper": any(cell.paper is not None for _, cells in part.cells for cell in cells),
         "has_repeats": any(row.repeat for row, _ in part.cells),
         "unpaired": any(
             row.kind == 2 and cell.value is not None and (cell.comparison is None or cell.comparison.interval is None)

@@ -22,7 +22,7 @@ def cost_table(collection: Collection) -> Table | None:
     rows = [_cost(record, plain.get(_setting(record, collection)), collection) for record in runs]
     ratios = [f"{what}\n+MTE ÷ plain" for what in ("Time", "Images/s", "Memory")]
     columns = ("Method", "Architecture", "Data", "Device", "Epochs", "Seed", "Time", "Images/s", "Peak memory", *ratios)
-    return Table(columns, tuple(rows), text=4) if rows else None
+    return Table(columns, tuple(rows), "llllrrrrrrrr") if rows else None
 
 
 def _setting(record: Record, collection: Collection) -> tuple[object, ...]:
@@ -72,7 +72,7 @@ def record_table(collection: Collection, out: Path, environments: Sequence[str])
     """Every record, one line each; ``environments`` are what the column of that name counts from 1."""
     rows = [_record_row(entry, collection, out, environments) for entry in collection.entries]
     columns = ("Record", "Subject", "Seed", "Data", "Protocol", "Value", "n", "Fingerprint", "Checkpoint", "Environment", "Made")
-    return Table(columns, tuple(rows), text=5)
+    return Table(columns, tuple(rows), "llrllrrllll")
 
 
 def _record_row(entry: Entry, collection: Collection, out: Path, environments: Sequence[str]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from reports.collect import Collection, DataTable, Measure, Row, is_random
+from reports.collect import Collection, DataTable, Measure, Row
 from reports.compare import Comparison, Predictions, Value, compare, summarise
 from reports.markdown import MISSING, Table, interval, number, plain_text
 from reports.naming import data_title
@@ -56,15 +56,17 @@ def accuracy_table(part: Section) -> Table:
         columns += [f"{measure.title}\n{what}" for what in ("paper", "ours [95 %]", "over seeds", "+MTE − plain")]
     rows = []
     for row, cells in part.cells:
-        line = [_method(row, part.data), row.architecture, _epochs(row)]
+        line = [_method(row, part.data), row.architecture, row.epochs]
         for cell in cells:
-            line += [number(cell.paper), _value(cell.value), _over_seeds(cell.value), _difference(row, cell.comparison)]
+            line += [number(cell.paper), _value(cell.value), _over_seeds(cell.value), _difference(row, cell)]
         rows.append(tuple(line))
-    return Table(tuple(columns), tuple(rows), text=2)
+    return Table(tuple(columns), tuple(rows), "ll" + "r" * (len(columns) - 2))
 
 
 def seed_table(part: Section) -> Table | None:
-    """Every pair of one seed with and without MTE; None if there is none."""
+    """Every pair of one seed with and without MTE; None where no difference is of several seeds."""
+    if not any(cell.comparison and len(cell.comparison.seeds) > 1 for _, cells in part.cells for cell in cells):
+        return None
     rows = []
     for index, measure in enumerate(part.data.measures):
         for row, cells in part.cells:
@@ -73,7 +75,7 @@ def seed_table(part: Section) -> Table | None:
                 rows.append(
                     (
                         measure.title,
-                        f"{_method(row, part.data)}, {row.architecture}",
+                        f"{_method(row, part.data)}\n{row.architecture}",
                         MISSING if seed.seed is None else str(seed.seed),
                         f"{seed.plain:.2f}",
                         f"{seed.value:.2f}",
@@ -82,7 +84,7 @@ def seed_table(part: Section) -> Table | None:
                     )
                 )
     columns = ("Task", "Method", "Seed", "plain", "+MTE", "difference [95 %]", "McNemar p")
-    return Table(columns, tuple(rows), text=2) if rows else None
+    return Table(columns, tuple(rows), "llrrrrr")
 
 
 def _method(row: Row, table: DataTable) -> str:
@@ -102,10 +104,6 @@ def _label(row: Row) -> tuple[object, ...]:
     return (row.title, row.architecture, row.subject.image_size, row.subject.epochs, row.subject.pretrain_data, row.repeat)
 
 
-def _epochs(row: Row) -> str:
-    return "0" if is_random(row.subject) else MISSING if row.subject.epochs is None else f"{row.subject.epochs:g}"
-
-
 def _value(value: Value | None) -> str:
     return MISSING if value is None else f"**{value.value:.1f}**\n{interval(value.interval)}"
 
@@ -116,13 +114,16 @@ def _over_seeds(value: Value | None) -> str:
     return "1 seed" if value.spread is None else f"{len(value.seeds)} seeds\n{value.value:.1f} ± {value.spread:.2f}"
 
 
-def _difference(row: Row, comparison: Comparison | None) -> str:
+def _difference(row: Row, cell: Cell) -> str:
+    comparison, value = cell.comparison, cell.value
     if row.kind != 2:
         return ""
-    if comparison is None:
+    if comparison is None or value is None:
         return MISSING
-    test = "" if comparison.p_value is None else f"\np {_p(comparison.p_value)}"
-    return f"**{comparison.difference:+.1f}**\n{interval(comparison.interval, signed=True)}{test}"
+    text = f"**{comparison.difference:+.1f}**\n{interval(comparison.interval, signed=True)}"
+    if len(comparison.seeds) < len(value.seeds):
+        text += f"\n{len(comparison.seeds)} of {len(value.seeds)} seeds"
+    return text if comparison.p_value is None else f"{text}\np {_p(comparison.p_value)}"
 
 
 def _p(value: float | None) -> str:
