@@ -15,6 +15,7 @@ import hashlib
 import json
 import pickle
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -375,7 +376,8 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     try:
         with open(path, "rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
-        with torch.serialization.safe_globals(_LEFT_BEHIND):
+        with torch.serialization.safe_globals(_LEFT_BEHIND), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on the pickle's protocol, when the file is something else
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
