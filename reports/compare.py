@@ -1,18 +1,19 @@
 """Two kinds of encoder on the same images: the mean over seeds of who is right on which image, and what chance makes of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mte_bench.records import PREDICTIONS_NAME
+from mte_bench.records import PREDICTIONS_NAME, Metric
 from mte_bench.statistics import bootstrap_ci, mcnemar, paired_bootstrap
 from reports.collect import SEED, Entry, Unusable
 
-Right = NDArray[np.int64]
-"""1 where an encoder is right on an image, else 0. Sums over seeds stay whole numbers, so that no rounding enters a bootstrap."""
+Counts = NDArray[np.int64]
+"""Of images: how many encoders are right. Whole numbers, so that no rounding enters a bootstrap."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,22 @@ class Comparison:
         return self.seeds[0].p_value if len(self.seeds) == 1 else None
 
 
+class Right(NamedTuple):
+    """Who is right on which image."""
+
+    names: Any
+    """A pyarrow array of ``n`` image names."""
+    right: Counts
+    """1 where the prediction is the label, else 0."""
+
+    def by_name(self) -> "Right":
+        """The same in the order of the names."""
+        import pyarrow.compute as pc
+
+        order = pc.sort_indices(self.names)
+        return Right(self.names.take(order), self.right[order.to_numpy()])
+
+
 class Predictions:
     """Who was right on which image, read once from each file beside a record.
 
@@ -74,47 +91,50 @@ class Predictions:
 
     def __init__(self, unusable: list[Unusable]):
         self.unusable = unusable
-        self.known: dict[tuple[Path, str], tuple[list[str], Right] | None] = {}
+        self.known: dict[tuple[Path, str], Right | None] = {}
 
-    def of(self, entry: Entry, metric: str) -> tuple[list[str], Right] | None:
-        """Names of the images in order, and who is right; None if there is no usable file."""
+    def stacked(self, entries: list[Entry], metric: str) -> Counts | None:
+        """``entries n``: each entry on the same images; None if one has no predictions or other images."""
+        found = [right for entry in entries if (right := self.of(entry, metric)) is not None]
+        if len(found) < len(entries):
+            return None
+        if not _same_images(found):
+            found = [right.by_name() for right in found]
+        return np.stack([item.right for item in found]) if _same_images(found) else None
+
+    def of(self, entry: Entry, metric: str) -> Right | None:
+        """The predictions of an entry; None if there is no usable file."""
         path = entry.folder / (entry.record.predictions or PREDICTIONS_NAME)
         if (path, metric) not in self.known:
-            self.known[path, metric] = self._read(entry, path, metric)
+            try:
+                self.known[path, metric] = _read(path, metric, entry.record.metrics[metric]) if path.is_file() else None
+            except ValueError as error:
+                self.unusable.append(Unusable(path, str(error).splitlines()[0]))
+                self.known[path, metric] = None
         return self.known[path, metric]
 
-    def _read(self, entry: Entry, path: Path, metric: str) -> tuple[list[str], Right] | None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        if not path.is_file():
-            return None
-        columns = ["name", "label", f"prediction:{metric}"]
-        try:
-            table = pq.read_table(path, columns=columns)
-        except (pa.ArrowException, OSError, KeyError) as error:
-            self.unusable.append(Unusable(path, str(error).splitlines()[0]))
-            return None
-        if table.column_names != columns:
-            self.unusable.append(Unusable(path, f"lacks one of the columns {', '.join(columns)}"))
-            return None
-        names = table["name"].to_pylist()
-        right = (table["label"].to_numpy() == table[f"prediction:{metric}"].to_numpy()).astype(np.int64)
-        order = sorted(range(len(names)), key=names.__getitem__) if len(set(names)) == len(names) else range(len(names))
-        stated = entry.record.metrics[metric]
-        if len(names) != stated.n or abs(100 * right.mean() - stated.value) > 0.01:
-            found = f"{100 * right.mean():.2f} % of {len(names)} images"
-            self.unusable.append(Unusable(path, f"gives {found}, its record says {stated.value:.2f} % of {stated.n}"))
-            return None
-        return [names[index] for index in order], right[order]
+def _read(path: Path, metric: str, stated: Metric) -> Right:
+    """The predictions in a file; raises ``ValueError`` if they cannot be read or are not those of the ``stated`` value."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    def stacked(self, entries: list[Entry], metric: str) -> Right | None:
-        """``entries n``: each entry on the same images; None if one has no predictions or other images."""
-        found = [self.of(entry, metric) for entry in entries]
-        known = [item for item in found if item is not None]
-        if len(known) < len(entries) or any(names != known[0][0] for names, _ in known):
-            return None
-        return np.stack([right for _, right in known])
+    columns = ["name", "label", f"prediction:{metric}"]
+    try:
+        table = pq.read_table(path, columns=columns).combine_chunks()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(str(error)) from error
+    if table.column_names != columns:
+        raise ValueError(f"lacks one of the columns {', '.join(columns)}")
+    right = (table["label"].to_numpy() == table[columns[2]].to_numpy()).astype(np.int64)
+    if len(right) != stated.n or abs(100 * right.mean() - stated.value) > 0.01:
+        found = f"{100 * right.mean():.2f} % of {len(right)} images"
+        raise ValueError(f"gives {found}, its record says {stated.value:.2f} % of {stated.n}")
+    return Right(table["name"], right)
+
+
+def _same_images(found: Sequence[Right]) -> bool:
+    return all(item.names.equals(found[0].names) for item in found)
 
 
 def summarise(cell: Mapping[SEED, Entry], metric: str, predictions: Predictions) -> Value | None:

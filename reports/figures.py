@@ -27,7 +27,7 @@ COLOURS = {"dino": BLUE, "ibot": RED, "byol": GREEN, "mocov3": PINK, "moby": ORA
 
 FINEST = 20  # points of a loss curve that is shorter than so many epochs; longer ones have one per epoch
 MARKED = 10  # points up to which each is marked on its line
-GAP = 0.075  # between two labels at the ends of lines, as a share of the axis
+GAP = 0.062  # between two labels at the ends of lines, as a share of the axis
 
 
 @dataclass(frozen=True)
@@ -219,14 +219,11 @@ def _label_ends(axes: "Axes", ends: list[tuple[float, float, Line]]) -> None:
     """Each line's name beside its end, moved apart where two would overlap."""
     low, high = axes.get_ylim()
     ordered = sorted(ends, key=lambda end: end[1])
-    places = [(y - low) / (high - low) for _, y, _ in ordered]
-    for index in range(1, len(places)):
-        places[index] = max(places[index], places[index - 1] + GAP)
-    excess = max(places[-1] - 1.0, 0.0) if places else 0.0
+    places = _apart([(y - low) / (high - low) for _, y, _ in ordered])
     for place, (_, _, line) in zip(places, ordered, strict=True):
         axes.annotate(
             line.label,
-            (1.02, place - excess),
+            (1.02, place),
             xycoords="axes fraction",
             va="center",
             color=COLOURS.get(line.method, BLACK),
@@ -234,6 +231,22 @@ def _label_ends(axes: "Axes", ends: list[tuple[float, float, Line]]) -> None:
             fontsize=9,
             annotation_clip=False,
         )
+
+
+def _apart(places: list[float]) -> list[float]:
+    """Ascending ``places``, those closer than ``GAP`` spread evenly around their mean."""
+    groups: list[list[float]] = []
+    for place in places:
+        groups.append([place])
+        while len(groups) > 1 and _spread(groups[-1])[0] - _spread(groups[-2])[-1] < GAP:
+            last = groups.pop()
+            groups[-1] += last
+    return [place for group in groups for place in _spread(group)]
+
+
+def _spread(group: list[float]) -> list[float]:
+    middle = sum(group) / len(group)
+    return [middle + GAP * (index - (len(group) - 1) / 2) for index in range(len(group))]
 
 
 def copy_pictures(collection: Collection, out: Path, of_images: bool = True) -> dict[Kind, list[Figure]]:
