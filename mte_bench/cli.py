@@ -200,7 +200,3 @@ def _say(line: str, traceback: bool) -> None:
 
         tracebacks.print_exc()
     print(line, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

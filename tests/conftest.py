@@ -1,8 +1,11 @@
 """What all tests share: the real images in ``.data/``, and a cache that is the test's own."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from mte_bench import cli
 
 DATA = Path(__file__).resolve().parent.parent / ".data"
 
@@ -20,3 +23,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads what another session cached, and none leaves anything in the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def error_line(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must end with exit code 2, and returns its one ``error:`` line."""
+
+    def run(*arguments: str) -> str:
+        capsys.readouterr()
+        assert cli.main(arguments) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+        assert captured.err.endswith(f"{line}\n") and "Traceback" not in captured.err
+        return line
+
+    return run

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from typing import Annotated, Any
 
@@ -42,17 +42,7 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The program as a person starts it."""
-    return subprocess.run([sys.executable, "-m", "mte_bench.cli", *arguments], capture_output=True, text=True, timeout=120)
-
-
-def error_line(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> str:
-    """The only line on stderr of a command that must end with exit code 2."""
-    assert cli.main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = captured.err.splitlines()
-    assert line.startswith("error: ")
-    return line
+    return subprocess.run([sys.executable, "-m", "mte_bench", *arguments], capture_output=True, text=True, timeout=120)
 
 
 def test_the_verbs_of_the_design_are_there() -> None:
@@ -107,8 +97,8 @@ def test_version_and_bare_program(capsys: pytest.CaptureFixture[str]) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_usage_errors_are_one_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert expected in error_line(capsys, arguments)
+def test_usage_errors_are_one_line(arguments: list[str], expected: str, error_line: Callable[..., str]) -> None:
+    assert expected in error_line(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -122,10 +112,14 @@ def test_usage_errors_are_one_line(arguments: list[str], expected: str, capsys: 
     ids=lambda value: type(value).__name__,
 )
 def test_mendable_errors(
-    error: Exception, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception,
+    expected: str,
+    error_line: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     offer(monkeypatch, fail=raising(error))
-    assert error_line(capsys, ["fail"]).startswith(expected)
+    assert error_line("fail").startswith(expected)
     assert cli.main(["fail", "--debug"]) == 2
     shown = capsys.readouterr().err.splitlines()
     assert shown[0].startswith("Traceback") and shown[-1].startswith(expected)
@@ -176,7 +170,7 @@ def test_a_reader_may_leave() -> None:
     """``mte-bench ... | head -1`` ends without a word on stderr."""
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-m", "mte_bench.cli"], stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-m", "mte_bench"], stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
 
