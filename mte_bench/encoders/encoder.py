@@ -218,7 +218,7 @@ def build_encoder(spec: EncoderSpec, drop_path: float = 0.0, pretrained: bool = 
     if not timm.is_model(spec.arch):
         raise UserError(f"unknown architecture '{spec.arch}'{_similar(spec.arch)}; `mte-bench list archs` shows them")
     arguments = spec.timm_arguments | {"drop_path_rate": drop_path}
-    for flexible in ({"dynamic_img_size": True}, {"strict_img_size": False}):  # ViT's and Swin's word for other sizes
+    for flexible in ({"strict_img_size": False}, {"dynamic_img_size": True}):  # Swin's and ViT's word for other sizes
         try:
             model = timm.create_model(spec.arch, pretrained=pretrained, **arguments, **flexible)
         except TypeError:
