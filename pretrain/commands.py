@@ -1,11 +1,8 @@
 """The ``pretrain`` verb."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from mte_bench.records import Record
 
 
 def pretrain(
@@ -22,8 +19,8 @@ def pretrain(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print settings, steps, memory and time; train nothing.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Two batches of everything, to see that it runs.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the record as JSON on stdout.")] = False,
-) -> "Record | None":
-    """Pre-train an encoder by a recipe, with or without MTE."""
+) -> Any:
+    """Pre-train an encoder by a recipe, with or without MTE; returns the run's record."""
     from pathlib import Path
 
     from mte_bench.console import log, show_json, show_table
@@ -40,7 +37,8 @@ def pretrain(
         held_out = open_source(data, "val") if settings.knn_every or smoke else None
         if smoke:
             settings = settings.for_smoke(processes)
-            images, held_out = (split and take(split, "images", 2 * settings.batch_size) for split in (images, held_out))
+            images = take(images, "images", 2 * settings.batch_size)
+            held_out = held_out and take(held_out, "images", 2 * settings.batch_size)
         where = pick_device(device)
         trainer = Trainer(
             settings,
@@ -66,7 +64,7 @@ def pretrain(
                 import yaml
 
                 print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-                show_table("Estimate", ["quantity", "value"], list(estimated.items()))
+                show_table("Estimate", ["quantity", "value"], [list(item) for item in estimated.items()])
             return None
         record = trainer.run()
     finally:
@@ -75,7 +73,7 @@ def pretrain(
         if json:
             show_json(record)
         else:
-            rows = [
+            rows: list[list[object]] = [
                 ["loss (last epoch)", record.metrics["loss"].value],
                 ["hours", record.cost.seconds / 3600],
                 ["images/s", record.cost.images_per_second],

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pretrain import mte
-
 if TYPE_CHECKING:
     from pretrain.trainer import Trainer
 
@@ -37,7 +35,7 @@ def estimate(trainer: "Trainer") -> dict[str, str]:
         "steps": f"{trainer.total_steps:,} ({trainer.steps_per_epoch:,} per epoch)",
         "images per step": f"{recipe.batch_size} = {trainer.processes} process(es) x {recipe.accumulate} x {trainer.micro_batch}",
         "trained parameters": f"{trained / 1e6:.1f} M",
-        "memory per process": f"{(state + activations) / 2**30:.1f} GiB ({state / 2**30:.1f} state, {activations / 2**30:.1f} activations)",
+        "memory per process": f"{gib(state + activations)} GiB ({gib(state)} state, {gib(activations)} activations)",
         "time": f"{hours:.1f} h ({step:.2f} s per step on {trainer.device})" if hours >= 1 else f"{60 * hours:.1f} min",
     }
 
@@ -62,6 +60,11 @@ def _measure(trainer: "Trainer", images: int) -> tuple[float, int]:
     trainer.update(0.0)
     _wait(trainer.device)
     return time.perf_counter() - started, sum(size for place, size in kept.items() if place not in weights)
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB with one decimal."""
+    return f"{size / 2**30:.1f}"
 
 
 def _wait(device: torch.device) -> None:

@@ -102,7 +102,7 @@ class Branch(nn.Module):
 
 def _leading(sizes: list[int], rows: int) -> list[int]:
     """The first of ``sizes`` that add up to ``rows`` (local views may have no fused vector)."""
-    kept = []
+    kept: list[int] = []
     for size in sizes:
         if sum(kept) == rows:
             break

@@ -14,7 +14,8 @@ def build_optimiser(student: nn.Module, settings: Optimiser, device: torch.devic
 
     Stacked biases of independent heads are biases too, whatever their number of dimensions.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             (plain if parameter.ndim == 1 or name.endswith("bias") else decayed).append(parameter)
@@ -54,8 +55,8 @@ class EMA:
     def __init__(self, teacher: nn.Module, student: nn.Module):
         students = dict(student.named_parameters())
         pairs = [(p, students[name]) for name, p in teacher.named_parameters() if name in students]
-        self.teacher = [teacher_parameter for teacher_parameter, _ in pairs]
-        self.student = [student_parameter for _, student_parameter in pairs]
+        self.teacher: list[Tensor] = [teacher_parameter for teacher_parameter, _ in pairs]
+        self.student: list[Tensor] = [student_parameter for _, student_parameter in pairs]
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:

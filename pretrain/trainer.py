@@ -25,14 +25,14 @@ from mte_bench.errors import UserError
 from mte_bench.files import write_text
 from pretrain import distributed, mte, state
 from pretrain.live import CURVES, Curves, LiveLine
-from pretrain.loader import Batch, view_loader
+from pretrain.loader import Batch, StepSampler, epoch_order, view_loader
 from pretrain.methods import METHODS
 from pretrain.methods.base import mean_over_processes
 from pretrain.monitor import knn_top1
 from pretrain.optimiser import EMA, build_optimiser, clip_per_tensor, drop_gradients, set_rates
 from pretrain.recipe import Recipe
 from pretrain.schedules import cosine, warmup_cosine
-from pretrain.views import draw_views
+from pretrain.views import draw_views, normalise
 
 LINES_PER_EPOCH = 20
 
@@ -64,13 +64,9 @@ class Trainer:
         self.seed, self.device, self.precision, self.workers = seed, device, precision, workers
         self.allow_corrupt, self.save_minutes, self.recipe_name = allow_corrupt, save_minutes, recipe_name
         self.rank, self.processes = process
-        micro = self.processes * recipe.accumulate
-        if recipe.batch_size % micro:
-            raise UserError(f"batch_size {recipe.batch_size} must be divisible by {micro} (processes x accumulate)")
-        if len(images) < recipe.batch_size:
-            raise UserError(f"{images.source} has {len(images)} images, fewer than batch_size {recipe.batch_size}; set a smaller one")
-        self.micro_batch = recipe.batch_size // micro
-        self.steps_per_epoch = len(images) // recipe.batch_size
+        sampler = StepSampler(len(images), recipe.batch_size, recipe.epochs, process=process, accumulate=recipe.accumulate)
+        self.micro_batch = recipe.batch_size // (self.processes * recipe.accumulate)
+        self.steps_per_epoch = sampler.steps_per_epoch
         self.total_steps = recipe.epochs * self.steps_per_epoch
         self.step = 0
         self.seconds = 0.0
@@ -116,18 +112,15 @@ class Trainer:
         student: Any = self.student
         if self.processes > 1:
             student = nn.parallel.DistributedDataParallel(self.student, broadcast_buffers=False, gradient_as_bucket_view=True)
-        batches = iter(
-            view_loader(
-                self.images,
-                self.recipe,
-                seed=self.seed,
-                first_step=self.step,
-                process=(self.rank, self.processes),
-                workers=self.workers,
-                pin_memory=self.device.type == "cuda",
-                allow_corrupt=self.allow_corrupt,
-                normalise=(self.student.encoder.spec.mean, self.student.encoder.spec.std),
-            )
+        batches = view_loader(
+            self.images,
+            self.recipe,
+            seed=self.seed,
+            first_step=self.step,
+            process=(self.rank, self.processes),
+            workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            allow_corrupt=self.allow_corrupt,
         )
         curves = Curves(self.out, self.step) if self.rank == 0 else None
         saved = started = time.monotonic()
@@ -154,7 +147,7 @@ class Trainer:
 
     def _step(self, student: Any, batches: Iterator[Batch]) -> dict[str, float]:
         """One optimiser step on the next global batch; returns the loss and what the schedules gave."""
-        recipe, settings = self.recipe, self.recipe.optimiser
+        recipe, settings, spec = self.recipe, self.recipe.optimiser, self.student.encoder.spec
         warmup = round(settings.warmup_epochs * self.steps_per_epoch)
         peak = settings.lr * recipe.batch_size / settings.lr_per
         lr = warmup_cosine(self.step, self.total_steps, peak, settings.min_lr, warmup)
@@ -168,7 +161,7 @@ class Trainer:
         for micro in range(recipe.accumulate):
             batch = next(batches)
             self.corrupt.update(batch.corrupt)
-            groups = [group.to(self.device, non_blocking=True) for group in batch.groups]
+            groups = [normalise(group.to(self.device, non_blocking=True), spec.mean, spec.std) for group in batch.groups]
             last = micro == recipe.accumulate - 1
             with nullcontext() if last or self.processes == 1 else student.no_sync():
                 parts, vectors = self.forward(student, groups, self._drop_path(groups, micro), epoch)
@@ -222,9 +215,9 @@ class Trainer:
 
     def _stop_at_non_finite(self, loss: float, epoch: int) -> None:
         """Name what is needed to look into it; nothing of this step has touched weights or state."""
-        order = self.step % self.steps_per_epoch * self.recipe.batch_size
-        indices = view_loader_order(self.images, self.seed, epoch)[order : order + self.recipe.batch_size]
-        names = [self.images.name(int(index)) for index in indices]
+        start = self.step % self.steps_per_epoch * self.recipe.batch_size
+        indices = epoch_order(self.seed, epoch, len(self.images))[start : start + self.recipe.batch_size]
+        names = [self.images.name(index) for index in indices]
         listing = self.out / "non_finite_batch.txt"
         if self.rank == 0:
             write_text(listing, "\n".join(names) + "\n")

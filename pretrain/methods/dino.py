@@ -77,4 +77,4 @@ class DINO(Method):
 
     def without_gradient(self, branch: nn.Module, epoch: int) -> Iterable[nn.Parameter]:
         """The prototypes, for the first epochs."""
-        return branch.tail.parameters() if epoch < self.settings.freeze_last_layer else ()  # type: ignore[union-attr, operator]
+        return branch.tail.parameters() if epoch < self.settings.freeze_last_layer else ()  # type: ignore[union-attr]

@@ -1,0 +1,247 @@
+"""Making views: crop, flip, jitter, grayscale, blur, solarize, in DINO's order. Source: DINO ``main_dino.py``, ``utils.py``.
+
+What is random in a view comes from (seed, epoch, image index, view number) and nothing else. Cropping and resizing is
+PIL's; the rest is done on many views of one size at once (``pretrain.pixels``). Views are 8-bit: a quarter of the bytes
+to pass from process to process and to the device, where ``normalise`` turns them into an encoder's input.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import chain, permutations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from mte_bench.data.sources import ImageSet
+from mte_bench.plotting import COLOURS, picture
+from pretrain import pixels
+from pretrain.recipe import View, Views
+
+TRIES = 10
+"""Attempts at a crop that fits into the image before the central one is taken."""
+NUMBERS = 36
+"""Random numbers that a view may use: a multiple of four, which is what the generator makes at a time."""
+GROUP = 1 << 17
+"""Pixels of the views that are finished together: enough to be worth the calls, few enough for the processor's cache."""
+
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+JITTERS: tuple[Callable[..., pixels.Bytes], ...] = (pixels.brightness, pixels.contrast, pixels.saturation, pixels.hue)
+ORDERS = np.array(list(permutations(range(len(JITTERS)))))
+
+
+class Draws:
+    """Random numbers by counter (Philox 4x64): any of them without those before it.
+
+    The key is (seed, purpose); the counter is (block, 0, image index, epoch), and view v of an image has its own blocks.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed % 2**64
+        self.generator = np.random.Generator(np.random.Philox(0))
+
+    def views(self, epoch: int, index: int, count: int) -> list[list[float]]:
+        """``NUMBERS`` uniform numbers in [0, 1) for each of the first ``count`` views of an image."""
+        self._go_to(0, index, epoch)
+        return self.generator.random((count, NUMBERS)).tolist()
+
+    def order(self, epoch: int, images: int) -> NDArray[np.int64]:
+        """A permutation of the images: the order in which the epoch takes them."""
+        self._go_to(1, 0, epoch)
+        return self.generator.permutation(images)
+
+    def _go_to(self, purpose: int, index: int, epoch: int) -> None:
+        self.generator.bit_generator.state = {
+            "bit_generator": "Philox",
+            "state": {"counter": np.array([0, 0, index, epoch], np.uint64), "key": np.array([self.seed, purpose], np.uint64)},
+            "buffer": np.zeros(4, np.uint64),
+            "buffer_pos": 4,
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+
+
+class Choices(NamedTuple):
+    """What was drawn for one view."""
+
+    box: tuple[int, int, int, int]
+    """Left, top, right and bottom of the crop in pixels of the image."""
+    flip: bool
+    order: int
+    """Which of ``ORDERS`` the jitter has; -1 for no jitter."""
+    factors: tuple[float, float, float, float]
+    """Of brightness, contrast and saturation (1 changes nothing), and the turn of the hue as a share of the circle."""
+    grayscale: bool
+    blur: float
+    """Standard deviation in pixels; 0 for none."""
+    solarize: bool
+
+
+def choose(view: View, size: tuple[int, int], numbers: Sequence[float]) -> Choices:
+    """Turn ``NUMBERS`` uniform numbers into a view of an image of ``size`` (width, height).
+
+    Every choice has its own numbers, so that changing one setting leaves the other choices as they were.
+    """
+    flip, jitter, order, brightness, contrast, saturation, hue, grayscale, blur, radius, solarize = numbers[2 * TRIES + 2 : 33]
+    strengths = view.jitter_strength
+    low, high = view.blur_radius
+    return Choices(
+        box=crop_box(view.scale, view.ratio, size, numbers),
+        flip=flip < view.flip,
+        order=int(order * len(ORDERS)) if jitter < view.jitter else -1,
+        factors=(
+            _around_one(strengths[0], brightness),
+            _around_one(strengths[1], contrast),
+            _around_one(strengths[2], saturation),
+            strengths[3] * (2 * hue - 1),
+        ),
+        grayscale=grayscale < view.grayscale,
+        blur=low + (high - low) * radius if blur < view.blur else 0.0,
+        solarize=solarize < view.solarize,
+    )
+
+
+def _around_one(strength: float, number: float) -> float:
+    """Uniform from 1 - strength (but not below 0) to 1 + strength."""
+    least = max(0.0, 1 - strength)
+    return least + (1 + strength - least) * number
+
+
+def crop_box(
+    scale: tuple[float, float], ratio: tuple[float, float], size: tuple[int, int], numbers: Sequence[float]
+) -> tuple[int, int, int, int]:
+    """A random crop: its share of the area uniform, its aspect ratio log-uniform, its place uniform.
+
+    If no try fits into the image, the largest central crop of an allowed ratio. Source: torchvision ``RandomResizedCrop``.
+    """
+    width, height = size
+    smallest, largest = width * height * scale[0], width * height * scale[1]
+    narrowest, widest = math.log(ratio[0]), math.log(ratio[1])
+    for attempt in range(0, 2 * TRIES, 2):
+        area = smallest + (largest - smallest) * numbers[attempt]
+        aspect = math.exp(narrowest + (widest - narrowest) * numbers[attempt + 1])
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(numbers[2 * TRIES] * (height - h + 1))
+            left = int(numbers[2 * TRIES + 1] * (width - w + 1))
+            return left, top, left + w, top + h
+    w = min(width, round(height * ratio[1]))
+    h = min(height, round(width / ratio[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def crop(image: Image.Image, view: View, choices: Choices) -> pixels.Bytes:
+    """The first part of a view: cropped, resized and perhaps flipped, (h, w, 3)."""
+    whole = (0, 0, *image.size)
+    part = image if choices.box == whole else image.crop(choices.box)
+    resized = np.asarray(part.resize((view.size, view.size), RESAMPLING[view.interpolation]))
+    return resized[:, ::-1] if choices.flip else resized
+
+
+def finish(planes: pixels.Bytes, view: View, choices: Sequence[Choices]) -> None:
+    """The rest, in place, for views (3, n, h, w) of one kind: jitter, grayscale, blur, solarize."""
+
+    def change(where: NDArray[np.bool_], function: Callable[..., pixels.Bytes], *amounts: NDArray[Any]) -> None:
+        rows = np.flatnonzero(where)
+        if len(rows) == len(where):
+            planes[:] = function(planes, *amounts)
+        elif len(rows):
+            planes[:, rows] = function(planes.take(rows, axis=1), *(amount[rows] for amount in amounts))
+
+    orders = np.array([ORDERS[choice.order] if choice.order >= 0 else (-1,) * len(JITTERS) for choice in choices])
+    factors = np.array([choice.factors for choice in choices], np.float32).T
+    turns = np.array([int(choice.factors[3] * 255) & 255 for choice in choices], np.uint8)
+    amounts = (*factors[:3], turns)
+    for place in range(len(JITTERS)):
+        for number, (jitter, amount, strength) in enumerate(zip(JITTERS, amounts, view.jitter_strength, strict=True)):
+            if strength:
+                change(orders[:, place] == number, jitter, amount)
+    blurs = np.array([choice.blur for choice in choices], np.float32)
+    change(np.array([choice.grayscale for choice in choices]), pixels.grayscale)
+    change(blurs > 0, pixels.gaussian_blur, blurs)
+    change(np.array([choice.solarize for choice in choices]), partial(pixels.solarize, threshold=view.solarize_threshold))
+
+
+class _Kind:
+    """Views of one kind on their way into ``out`` (n, 3, h, w): cropped one by one, finished in groups."""
+
+    def __init__(self, view: View, out: pixels.Bytes):
+        self.view, self.out = view, out
+        self.planes = np.empty((3, max(1, min(len(out), GROUP // view.size**2)), view.size, view.size), np.uint8)
+        self.choices: list[Choices] = []
+        self.done = 0
+
+    def add(self, image: Image.Image, numbers: Sequence[float]) -> None:
+        choices = choose(self.view, image.size, numbers)
+        self.planes[:, len(self.choices)] = crop(image, self.view, choices).transpose(2, 0, 1)
+        self.choices.append(choices)
+        if len(self.choices) == self.planes.shape[1]:
+            self.finish()
+
+    def finish(self) -> None:
+        count = len(self.choices)
+        if count:
+            planes = self.planes[:, :count]
+            finish(planes, self.view, self.choices)
+            self.out[self.done : self.done + count] = planes.swapaxes(0, 1)
+            self.done += count
+            self.choices.clear()
+
+
+def make_views(images: Iterable[Image.Image], keys: Sequence[tuple[int, int]], views: Views, draws: Draws) -> list[Tensor]:
+    """The views of ``images`` (RGB), whose ``keys`` are (epoch, index): one uint8 tensor per resolution.
+
+    The first is (2, n, 3, h, w), both global views of the n images; the second, if there are local views, is
+    (local_count, n, 3, h, w).
+    """
+    sizes = [(2, views.global1.size)] + ([(views.local_count, views.local.size)] if views.local_count else [])
+    groups = [np.empty((count, len(keys), 3, size, size), np.uint8) for count, size in sizes]
+    specs = [views.global1, views.global2] + [views.local] * views.local_count
+    kinds = [_Kind(view, out) for view, out in zip(specs, chain.from_iterable(groups), strict=True)]
+    for image, (epoch, index) in zip(images, keys, strict=True):
+        for kind, numbers in zip(kinds, draws.views(epoch, index, len(kinds)), strict=True):
+            kind.add(image, numbers)
+    for kind in kinds:
+        kind.finish()
+    return [torch.from_numpy(group) for group in groups]
+
+
+def normalise(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """8-bit views (..., 3, h, w) as an encoder takes them: float32, (view / 255 - mean) / std, on the device they are on."""
+    shape = (3, 1, 1)
+    return (
+        views.float()
+        .div_(255)
+        .sub_(views.new_tensor(mean, dtype=torch.float32).view(shape))
+        .div_(views.new_tensor(std, dtype=torch.float32).view(shape))
+    )
+
+
+def draw_views(path: str | Path, images: ImageSet, views: Views, seed: int, rows: int = 3, most_locals: int = 4) -> None:
+    """Draw some images, each in a row with its views of the first epoch, the crops framed in it, into the picture ``path``."""
+    from matplotlib.patches import Rectangle
+
+    specs = {"global 1": views.global1, "global 2": views.global2}
+    specs |= {f"local {number + 1}": views.local for number in range(min(most_locals, views.local_count))}
+    indices = sorted({len(images) * row // rows for row in range(rows)})
+    draws = Draws(seed)
+    with picture(path, width=1.6 * (len(specs) + 1), height=1.8 * len(indices)) as figure:
+        for index, axes in zip(indices, figure.subplots(len(indices), len(specs) + 1, squeeze=False), strict=True):
+            image = images.image(index)
+            made = chain.from_iterable(make_views([image], [(0, index)], views, draws))
+            axes[0].imshow(np.asarray(image))
+            axes[0].set_title("image", fontsize=9)
+            numbers = draws.views(0, index, len(specs))
+            for axis, (name, spec), own, view, colour in zip(axes[1:], specs.items(), numbers, made, COLOURS, strict=False):
+                left, top, right, bottom = choose(spec, image.size, own).box
+                axes[0].add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color=colour))
+                axis.imshow(view[0].permute(1, 2, 0))
+                axis.set_title(name, fontsize=9, color=colour)
+            for axis in axes:
+                axis.set_axis_off()

@@ -1,0 +1,290 @@
+"""The engine: going on after a stop is exact, and what a step computes does not depend on how it is spread."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mte_bench.data.sources import open_source
+from mte_bench.errors import UserError
+from pretrain import state
+from pretrain.live import CURVES
+from pretrain.optimiser import EMA, clip_per_tensor
+from pretrain.recipe import Recipe, load_recipe
+from pretrain.trainer import Trainer
+
+CPU = torch.device("cpu")
+TINY: dict[str, Any] = {
+    "method": "dino",
+    "method_settings": {"prototypes": 64, "hidden": 32, "bottleneck": 16, "warmup_teacher_temperature_epochs": 2},
+    "arch": "vit_tiny_patch16_224",
+    "image_size": 32,
+    "patch_size": 8,
+    "arch_options": {"embed_dim": 24, "depth": 2, "num_heads": 2},
+    "drop_path": 0.2,
+    "epochs": 3,
+    "batch_size": 8,
+    "views": {"global1": {"size": 32}, "global2": {"size": 32}, "local": {"size": 16}, "local_count": 1},
+    "optimiser": {"lr": 0.01, "warmup_epochs": 1},
+    "mte": {"auxiliary_cls": 1, "pooled": 2, "kernel": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for split, name in [("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")]:
+        (root / split / name).mkdir(parents=True)
+        for index in range(17 if split == "train" else 4):
+            pixels = generator.integers(0, 255, (40, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / split / name / f"{index}.png")
+    return root
+
+
+def make(folder: Path, out: Path, **changes: Any) -> Trainer:
+    options = {key: changes.pop(key) for key in ("seed", "process", "save_minutes", "held_out", "workers") if key in changes}
+    return Trainer(
+        Recipe(**{**TINY, **changes}), open_source(str(folder), "train"), out, device=CPU, **{"workers": 0, **options}
+    )
+
+
+def tensors(out: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's state by its path, with its step."""
+    found: dict[str, torch.Tensor] = {}
+
+    def walk(value: Any, path: str) -> None:
+        if isinstance(value, torch.Tensor):
+            found[path] = value
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                walk(item, f"{path}.{key}")
+        elif isinstance(value, int):
+            found[path] = torch.tensor(value)
+
+    walk({key: value for key, value in state.read(out / state.NAME).items() if key != "seconds"}, "")
+    return found
+
+
+def assert_same_end(out: Path, reference: Path) -> None:
+    ours, theirs = tensors(out), tensors(reference)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert (out / "encoder.safetensors").read_bytes() == (reference / "encoder.safetensors").read_bytes()
+    steps = [json.loads(line)["step"] for line in (out / CURVES).read_text().splitlines()]
+    assert steps == [json.loads(line)["step"] for line in (reference / CURVES).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    make(folder, out).run()
+    return out
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [1, 4, 6, 11])
+def test_a_stopped_run_goes_on_exactly(folder: Path, whole: Path, tmp_path: Path, stop: int) -> None:
+    """Saved after every step, killed before step ``stop``, run again: the same weights, state and curves' steps."""
+    trainer = make(folder, tmp_path, save_minutes=0.0)
+    step = trainer._step
+
+    def until(*arguments: Any) -> Any:
+        if trainer.step == stop:
+            raise Killed
+        return step(*arguments)
+
+    trainer._step = until  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        trainer.run()
+    assert state.read(tmp_path / state.NAME)["step"] == stop
+    make(folder, tmp_path).run()
+    ours, theirs = tensors(tmp_path), tensors(whole)
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert (tmp_path / "encoder.safetensors").read_bytes() == (whole / "encoder.safetensors").read_bytes()
+
+
+def test_a_run_killed_while_it_saves_goes_on_exactly(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves = 0
+    save = torch.save
+
+    def die_half_way(value: Any, path: Path) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == 2:
+            Path(path).write_bytes(b"half a file")
+            raise Killed
+        save(value, path)
+
+    monkeypatch.setattr(torch, "save", die_half_way)
+    with pytest.raises(Killed):
+        make(folder, tmp_path).run()
+    monkeypatch.undo()
+    assert state.read(tmp_path / state.NAME)["step"] == 4
+    make(folder, tmp_path).run()
+    assert_same_end(tmp_path, whole)
+
+
+def test_workers_do_not_change_the_result(folder: Path, whole: Path, tmp_path: Path) -> None:
+    make(folder, tmp_path, workers=2).run()
+    assert_same_end(tmp_path, whole)
+
+
+def test_accumulated_micro_batches_give_the_same_step(folder: Path, tmp_path: Path) -> None:
+    ends = []
+    for accumulate in (1, 4):
+        trainer = make(folder, tmp_path / str(accumulate), epochs=1, accumulate=accumulate, batch_size=16)
+        trainer.run()
+        ends.append(trainer)
+    for (name, a), b in zip(ends[0].student.named_parameters(), ends[1].student.parameters(), strict=True):
+        # Adam divides a gradient by its own size: where that is rounding, so is the step's direction
+        assert (a - b).abs().max() < 2e-3, name
+        assert (a - b).norm() <= 2e-3 * a.norm() + 1e-6, name
+    torch.testing.assert_close(ends[0].method.centre, ends[1].method.centre, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_with_other_settings_is_not_gone_on_with(folder: Path, whole: Path) -> None:
+    with pytest.raises(UserError, match=r"recipe.optimiser.lr: 0.01 there, 0.02 now"):
+        make(folder, whole, optimiser={"lr": 0.02, "warmup_epochs": 1}).run()
+    with pytest.raises(UserError, match="seed: 0 there, 1 now"):
+        make(folder, whole, seed=1).run()
+
+
+def test_a_finished_run_is_left_as_it_is(folder: Path, whole: Path) -> None:
+    before = (whole / state.NAME).stat().st_mtime_ns
+    record = make(folder, whole).run()
+    assert (whole / state.NAME).stat().st_mtime_ns == before
+    assert record.task == "pretrain" and record.subject.mte and record.subject.seed == 0
+
+
+def test_a_non_finite_loss_stops_with_what_is_needed_to_look_into_it(folder: Path, tmp_path: Path) -> None:
+    trainer = make(folder, tmp_path)
+    step = trainer._step
+
+    def poisoned(*arguments: Any) -> Any:
+        if trainer.step == 5:
+            with torch.no_grad():
+                trainer.student.head.layers[0].weight[0, 0, 0] = float("nan")  # type: ignore[union-attr, index]
+        return step(*arguments)
+
+    trainer._step = poisoned  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"loss is nan at step 6 \(epoch 2\).*last good checkpoint is .*training.pt"):
+        trainer.run()
+    listed = (tmp_path / "non_finite_batch.txt").read_text().split()
+    images = open_source(str(folder), "train")
+    assert len(listed) == 8 and set(listed) <= {images.name(index) for index in range(len(images))}
+    assert state.read(tmp_path / state.NAME)["step"] == 4
+    assert all(torch.isfinite(tensor).all() for tensor in state.read(tmp_path / state.NAME)["student"].values())
+
+
+def test_the_non_finite_listing_is_the_batch_that_was_seen(folder: Path, tmp_path: Path) -> None:
+    images = open_source(str(folder), "train")
+    seen: list[str] = []
+
+    class Watched(type(images)):  # type: ignore[misc]
+        def image(self, index: int) -> Image.Image:
+            seen.append(self.name(index))
+            return super().image(index)
+
+    images.__class__ = Watched
+    trainer = Trainer(Recipe(**TINY), images, tmp_path, device=CPU, workers=0)
+    with torch.no_grad():
+        trainer.student.head.layers[0].weight[0, 0, 0] = float("nan")  # type: ignore[union-attr, index]
+    with pytest.raises(UserError, match="step 1 "):
+        trainer.run()
+    drawn = seen[3:]  # the first three are shown in views.png
+    assert set((tmp_path / "non_finite_batch.txt").read_text().split()) <= set(drawn[: len(drawn)])
+
+
+def test_ema_and_clipping_equal_the_loops_of_the_reference() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.nn.Linear(5, 4), torch.nn.Linear(5, 4)
+    expected = [0.9 * t.detach() + 0.1 * s.detach() for t, s in zip(teacher.parameters(), student.parameters(), strict=True)]
+    EMA(teacher, student).update(0.9)
+    for parameter, value in zip(teacher.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), value, rtol=1e-6, atol=1e-7)
+
+    for parameter in student.parameters():
+        parameter.grad = 5 * torch.randn_like(parameter)
+    loop = []
+    for parameter in student.parameters():
+        assert parameter.grad is not None
+        norm = parameter.grad.norm()
+        loop.append(parameter.grad * min(1.0, 3.0 / (norm.item() + 1e-6)))
+    clip_per_tensor(student, 3.0)
+    for parameter, value in zip(student.parameters(), loop, strict=True):
+        torch.testing.assert_close(parameter.grad, value)
+
+
+def test_heads_of_a_stack_are_clipped_as_the_tensors_they_would_be_alone() -> None:
+    from mte_bench.encoders.heads import StackedLinear
+
+    stack = StackedLinear(3, 4, 5)
+    stack.weight.grad = torch.stack([torch.full((5, 4), value) for value in (0.01, 1.0, 10.0)])
+    stack.bias.grad = torch.zeros(3, 5)  # type: ignore[union-attr]
+    clip_per_tensor(stack, 3.0)
+    norms = stack.weight.grad.flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms, torch.tensor([0.01 * 20**0.5, 3.0, 3.0]), rtol=1e-5, atol=0)
+
+
+def test_every_shipped_recipe_is_valid_and_pairs_differ_in_mte_only() -> None:
+    from mte_bench.settings import names_in
+    from pretrain.recipe import RECIPES
+
+    names = names_in(RECIPES)
+    assert {"dino_vits16_100ep", "dino_vits16_300ep", "dino_tiny_scenes", "dino_tiny_cifar10"} <= set(names)
+    for name in names:
+        recipe = load_recipe(name)
+        text = (RECIPES / f"{name}.yaml").read_text()
+        for word in ("# command:", "# cost:", "# expected:"):
+            assert word in text, (name, word)
+        if "_mte_" in name:
+            plain = load_recipe(name.replace("_mte_", "_"), ["mte=true"])
+            assert plain.model_copy(update={"description": ""}) == recipe.model_copy(update={"description": ""})
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments(folder: Path, whole: Path, tmp_path: Path) -> None:
+    """SIGKILL, at moments drawn over starting, training and saving; then run again until done."""
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(json.dumps({**TINY, "epochs": 200}))
+    command = [sys.executable, "-m", "mte_bench", "pretrain", str(recipe), "--data", str(folder), "--workers", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, **quiet)
+    record = json.loads((tmp_path / "whole" / "record.json").read_text())
+    draw, out, kills = random.Random(0), tmp_path / "killed", 0
+    while kills < 10:
+        before = _written(out)
+        process = subprocess.Popen([*command, "--out", str(out)], start_new_session=True, **quiet)
+        while process.poll() is None and _written(out) == before:
+            time.sleep(0.005)  # starting takes many times longer than an epoch
+        time.sleep(draw.uniform(0, record["cost"]["seconds"] / 12))
+        if process.poll() is not None:
+            break  # finished before it could be killed ten times
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills == 10
+    subprocess.run([*command, "--out", str(out)], check=True, **quiet)
+    assert_same_end(out, tmp_path / "whole")
+
+
+def _written(out: Path) -> int:
+    path = out / state.NAME
+    return path.stat().st_mtime_ns if path.exists() else 0
