@@ -20,7 +20,7 @@ import hashlib
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any, Literal
 
@@ -175,7 +175,7 @@ def open_source(spec: str, split: Split) -> ImageSet:
     images = _KINDS[source.kind][0](source, split)
     for option in _SUBSET:
         if option in source.options:
-            return _subset(images, option, source.number(option, 1))
+            return take(images, option, source.number(option, 1))
     return images
 
 
@@ -189,7 +189,7 @@ def require_classes(images: ImageSet) -> None:
         raise UserError(f"{images.source}: the {images.split} split has only one class ('{only}'); at least two are needed")
 
 
-def _subset(images: ImageSet, option: str, count: int) -> ImageSet:
+def take(images: ImageSet, option: str, count: int) -> ImageSet:
     """At most ``count`` images (``images``) or images of each class (``per_class``); all if there are no more."""
     order = np.random.default_rng(0).permutation(len(images))
     rank = np.empty(len(images), np.int64)  # of each image within its class
@@ -220,8 +220,18 @@ class Names:
         self.text = b"".join(encoded)
         self.ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
 
+    @classmethod
+    def from_arrays(cls, text: bytes, ends: NDArray[np.int64]) -> "Names":
+        """The names whose bytes follow each other in ``text``, each ending where ``ends`` says."""
+        names = cls(())
+        names.text, names.ends = text, ends
+        return names
+
     def __len__(self) -> int:
         return len(self.ends)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> str:
         start = self.ends[index - 1] if index else 0
