@@ -85,6 +85,9 @@ KINDS = (
     ),
 )
 
+PREFIXES = tuple(f"{name}-" for name in ("curves", "views", *(kind.task for kind in KINDS)))
+"""How the names of a report's pictures begin; what begins so in its folder is the report's own."""
+
 
 @dataclass(frozen=True)
 class Curves:

@@ -3,7 +3,6 @@
 The same records give the same bytes. Writing into a folder that is read from is fine: only ``record.json`` files are read.
 """
 
-import json
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from mte_bench.files import write_json, write_text
 from mte_bench.records import Record
 from reports.collect import HEADLINES, Collection, collect, data_tables
 from reports.compare import Predictions
-from reports.figures import FOLDER, Figure, Kind, copy_pictures, draw_curves
+from reports.figures import FOLDER, PREFIXES, Figure, Kind, copy_pictures, draw_curves
 from reports.markdown import Table, link_text, plain_text
 from reports.naming import architecture_title, data_title
 from reports.runs import cost_table, environments, period, record_table
@@ -73,7 +72,6 @@ def write_report(runs: Sequence[str | Path], out: str | Path, pictures_of_images
         records=_markdown(record_table(collection, out, environments(entry.record for entry in collection.entries))),
         commands=_commands(entry.record for entry in collection.entries),
         unusable=[plain_text(line) for line in unusable],
-        pictures_of_images=pictures_of_images,
     )
     write_text(out / PAGE, text)
     return Report(out / PAGE, summary, sections, tuple(unusable))
@@ -166,14 +164,11 @@ def _commands(records: Iterable[Record]) -> list[str]:
 
 
 def _remove_earlier(out: Path, files: Sequence[str]) -> None:
-    """Remove the pictures that an earlier report put into ``out`` and this one does not have."""
-    try:
-        earlier = json.loads((out / SUMMARY).read_text(encoding="utf-8"))["figures"]
-        names = {Path(name).name for name in earlier if Path(name).parent == Path(FOLDER)}
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    for name in names - {Path(file).name for file in files}:
-        (out / FOLDER / name).unlink(missing_ok=True)
+    """Remove the pictures that an earlier report, also one that was cut off, put into ``out`` and this one does not have."""
+    kept = {Path(file).name for file in files}
+    for path in (out / FOLDER).glob("*"):
+        if path.name not in kept and path.name.lstrip(".").startswith(PREFIXES):
+            path.unlink()
 
 
 def _listed(words: Iterable[str]) -> str:

@@ -266,6 +266,13 @@ def test_a_cell_measured_twice_is_shown_twice(tmp_path):
     assert "DINO+MTE<br>(repeat 2)" in written.page.read_text()
 
 
+def test_a_record_that_is_named_twice_is_read_once(tmp_path, monkeypatch):
+    evaluation(tmp_path / "runs" / "a", "knn", subject(), 0.6)
+    monkeypatch.chdir(tmp_path)
+    named = [tmp_path / "runs", "runs/a", "runs/a/record.json"]
+    assert write_report(named, tmp_path / "report").summary["records"] == 1
+
+
 def test_a_missing_cell_is_missing(tmp_path):
     build_runs(tmp_path / "runs", seeds=(0,))
     (tmp_path / "runs" / "mte-0" / "evaluations" / "linear" / "record.json").unlink()
@@ -360,6 +367,8 @@ def test_pictures_of_images_are_left_out_and_earlier_ones_removed(tmp_path):
     write_report([tmp_path / "runs"], tmp_path / "report")
     mine = tmp_path / "report" / "figures" / "mine.png"
     mine.write_bytes(b"")
+    (tmp_path / "report" / "figures" / ".attention-scenes.png.x1y2.png").write_bytes(b"left by a kill")
+    (tmp_path / "report" / "report.json").unlink()
     report([str(tmp_path / "runs")], str(tmp_path / "report"), no_pictures_of_images=True)
     left = {path.name for path in (tmp_path / "report" / "figures").iterdir()}
     assert left == {"curves-scenes-vit-s-16-at-64-px.png", "cka-scenes-dino.png", "cka-scenes-dino-mte.png", "mine.png"}
@@ -428,6 +437,7 @@ def test_the_papers_number_stands_only_beside_what_is_comparable():
         {"task": "linear", "protocol": PROTOCOLS["linear"]},
         {"subject": subject(**TRAINED | {"epochs": 99})},
         {"subject": subject(**TRAINED | {"image_size": 96})},
+        {"subject": subject(**TRAINED | {"image_size": None})},
         {"subject": subject(**TRAINED | {"pretrain_data": "scenes"})},
         {"subject": subject(**TRAINED, arch="vit_tiny_patch16_224")},
         {"subject": subject(**TRAINED, patch_size=8)},
