@@ -1,5 +1,6 @@
 """A recipe: the complete settings of one pre-training, as its YAML file states them."""
 
+import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -32,7 +33,17 @@ class View(Settings):
     blur_radius: tuple[float, float] = (0.1, 2.0)
     """Range of the Gaussian's standard deviation in pixels of the view (PIL's ``radius``)."""
     solarize: Probability = Field(0.0, ge=0, le=1)
-    solarize_threshold: int = 128
+    solarize_threshold: int = Field(128, ge=0, le=256)
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        for name, most in (("scale", 1.0), ("ratio", math.inf), ("blur_radius", math.inf)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= most:
+                raise ValueError(f"{name} must be two numbers above 0, the smaller first" + (", at most 1" if most == 1 else ""))
+        if min(self.jitter_strength) < 0 or self.jitter_strength[3] > 0.5:
+            raise ValueError("jitter_strength must be four numbers from 0, the last (hue) at most 0.5")
+        return self
 
 
 class Views(Settings):

@@ -9,6 +9,7 @@ from torchvision.transforms import ColorJitter, InterpolationMode, RandomResized
 from torchvision.transforms import functional as F
 
 from mte_bench.data.sources import ImageSet
+from mte_bench.errors import UserError
 from pretrain import pixels, views
 from pretrain.recipe import View, Views
 from pretrain.views import ORDERS, Draws, choose, draw_views, make_views, normalise
@@ -257,6 +258,21 @@ def test_one_setting_leaves_the_other_choices_alone():
     changed = choose(View(blur=1.0, jitter=1.0, scale=(0.9, 1.0)), (64, 64), numbers)
     assert changed.blur > 0 and changed.box != plain.box
     assert changed._replace(blur=plain.blur, box=plain.box) == plain
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("scale", (0.5, 0.1)),
+        ("scale", (0.1, 1.5)),
+        ("ratio", (0, 1)),
+        ("blur_radius", (2, 1)),
+        ("jitter_strength", (0.4, 0.4, 0.2, 0.6)),
+    ],
+)
+def test_settings_that_make_no_view_are_one_clear_error(key, value):
+    with pytest.raises(UserError, match=f"^views: .*{key}"):
+        View.check({key: value}, "views")
 
 
 class Pictures(ImageSet):
