@@ -1,0 +1,74 @@
+"""The verbs of this package."""
+
+from typing import Annotated, Any
+
+import typer
+
+Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="Run folder, checkpoint file, timm:NAME or random:NAME.")]
+Source = Annotated[str, typer.Option("--data", metavar="SOURCE", help="Source of the images, e.g. scenes or imagefolder:PATH.")]
+Out = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the record (default: in the run folder or runs/).")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the protocol.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Precision = Annotated[str, typer.Option(help="Of the encoder: auto (bfloat16 where native), float32, bfloat16, float16.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Images per forward pass (default: 256 on CUDA, else 64).")]
+Workers = Annotated[int | None, typer.Option(min=0, help="Processes that decode images (default: by the number of cores).")]
+Cache = Annotated[str | None, typer.Option(metavar="DIR", help="Folder that keeps features (default: the user's cache).")]
+AllowCorrupt = Annotated[int, typer.Option(min=0, help="Leave out up to so many unreadable images of each split.")]
+AllowPartial = Annotated[bool, typer.Option("--allow-partial", help="Accept a checkpoint that lacks weights.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON on stdout.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print settings, counts and estimates; evaluate nothing.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Two batches of everything, to see that it runs.")]
+
+
+def knn(
+    checkpoint: Checkpoint,
+    data: Source,
+    out: Out = None,
+    protocol: Annotated[str, typer.Option(help="Name of a protocol (mte-bench list protocols) or a YAML file.")] = "knn",
+    set_: Set = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    cache: Cache = None,
+    allow_corrupt: AllowCorrupt = 0,
+    allow_partial: AllowPartial = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+) -> Any:
+    """k-NN accuracy of an encoder's features: the vote of the most similar train images. Nothing is trained."""
+    options = dict(locals())
+    from downstream.knn import KNN_TASK
+
+    return _evaluate(KNN_TASK, **options)
+
+
+def linear(
+    checkpoint: Checkpoint,
+    data: Source,
+    out: Out = None,
+    protocol: Annotated[str, typer.Option(help="Name of a protocol (mte-bench list protocols) or a YAML file.")] = "linear-fast",
+    set_: Set = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    cache: Cache = None,
+    allow_corrupt: AllowCorrupt = 0,
+    allow_partial: AllowPartial = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+) -> Any:
+    """Accuracy of a linear classifier on an encoder's features."""
+    options = dict(locals())
+    from downstream.linear import LINEAR
+
+    return _evaluate(LINEAR, **options)
+
+
+def _evaluate(task: Any, *, set_: list[str] | None, **options: Any) -> Any:
+    from downstream.evaluate import Request, evaluate
+
+    return evaluate(task, Request(set=tuple(set_ or ()), **options))

@@ -1,0 +1,263 @@
+"""What all evaluations share: from a checkpoint, a source and a protocol to a record with its predictions.
+
+A task is a class of settings, whose values its protocol files state, and a function from the features of two splits to
+predictions. ``evaluate`` does the rest: it resolves what was asked, extracts the features, puts intervals to the numbers
+and writes the output folder, ``record.json`` last.
+"""
+
+import json
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from downstream.features import Features, Pass, extract
+from downstream.plan import plan, show_plan
+from downstream.task import I_co, ImageProtocol, P, Split, Task, WithProtocol
+from mte_bench import records
+from mte_bench.console import log, show_json, show_table
+from mte_bench.data.sources import SPLITS, ImageSet, open_source, parse_source, require_classes, take
+from mte_bench.data.sources import Split as SplitName
+from mte_bench.data.transforms import EvaluationTransform
+from mte_bench.device import peak_memory, pick_device, pick_precision
+from mte_bench.encoders.checkpoint import Checkpoint, open_checkpoint
+from mte_bench.errors import UserError, did_you_mean
+from mte_bench.files import atomic, hash_of
+from mte_bench.records import Cost, Data, Metric, Record, make_record
+from mte_bench.settings import load_yaml, names_in, override
+from mte_bench.statistics import bootstrap_ci
+
+PROTOCOLS = Path(__file__).parent / "protocols"
+SMOKE_BATCHES = 2
+BATCH, CUDA_BATCH = 64, 256
+MOST_WORKERS = 16
+
+
+@dataclass(frozen=True)
+class Request:
+    """One evaluation as asked for on the command line; the options' help explains the fields."""
+
+    checkpoint: str
+    data: str
+    protocol: str
+    set: tuple[str, ...] = ()
+    out: str | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    batch_size: int | None = None
+    workers: int | None = None
+    cache: str | None = None
+    allow_corrupt: int = 0
+    allow_partial: bool = False
+    json: bool = False
+    dry_run: bool = False
+    smoke: bool = False
+
+
+def load_protocol(task: WithProtocol[I_co], name: str, assignments: tuple[str, ...] = ()) -> tuple[str, I_co]:
+    """The full name and the settings of protocol ``name`` (``linear-fast``, short ``fast``; or a YAML path) with overrides."""
+    if f"{task.name}-{name}" in names_in(PROTOCOLS):
+        name = f"{task.name}-{name}"
+    values = load_yaml(name, PROTOCOLS, "protocol")
+    if values.get("task") != task.name:
+        own = [known for known in names_in(PROTOCOLS) if load_yaml(known, PROTOCOLS, "protocol").get("task") == task.name]
+        raise UserError(f"protocol '{name}' is for task '{values.get('task')}', not '{task.name}'{did_you_mean(name, own)}")
+    return Path(name).stem, task.protocol.check(override(values, list(assignments)), f"protocol {name}")
+
+
+def evaluate(task: Task[P], request: Request) -> Record | None:
+    """Do what ``request`` asks of ``task`` and show the result; returns the record, or None for a dry run.
+
+    Raises ``UserError`` for everything that the user can mend.
+    """
+    began = time.monotonic()
+    name, protocol = load_protocol(task, request.protocol, request.set)
+    protocol = protocol.for_smoke() if request.smoke else protocol
+    how = pass_of(request)
+    train, val = (open_split(request, split) for split in SPLITS)
+    val_labels = _labels_as_in(train, val)
+    checkpoint = open_checkpoint(request.checkpoint, allow_partial=request.allow_partial, image_size=protocol.image_size)
+    transform = evaluation_transform(checkpoint, protocol)
+    folder = output_folder(request, task.name, name, protocol, checkpoint)
+    if request.dry_run:
+        resolved = {"task": task.name, "protocol": name, "settings": settings_of(protocol), "out": str(folder)}
+        show_plan(resolved | plan(task, protocol, checkpoint, train, val, transform, how), request.json)
+        return None
+    fingerprint = hash_of([train.fingerprint, val.fingerprint])
+    refuse_clash(folder, checkpoint, val.source, fingerprint)
+
+    encoder, kinds = checkpoint.encoder, (protocol.feature,)
+    found = [extract(encoder, checkpoint.sha256, images, transform, kinds, how) for images in (train, val)]
+    bank, asked = (
+        Split(features.arrays[protocol.feature], labels[features.kept], train.classes)
+        for features, labels in zip(found, (train.labels, val_labels), strict=True)
+    )
+    outcome = task.evaluate(protocol, bank, asked, how.device)
+    predictions = {metric: result.predicted for metric, result in outcome.metrics.items()}
+    write_predictions(folder, [val.name(int(index)) for index in found[1].kept], asked.labels, train.classes, predictions)
+    record = make_record(
+        task=task.name,
+        protocol=records.Protocol(name=name, version=protocol.version, settings=settings_of(protocol)),
+        subject=checkpoint.subject,
+        data=Data(
+            source=val.source,
+            split="val",
+            images={"train": len(bank.labels), "val": len(asked.labels)},
+            classes=len(train.classes),
+            fingerprint=fingerprint,
+            subset=val.subset,
+            corrupt=[name for features in found for name in features.corrupt],
+        ),
+        metrics={metric: percentage(result.correct) for metric, result in outcome.metrics.items()},
+        cost=_cost(began, found, how.device),
+        predictions=records.PREDICTIONS_NAME,
+        details={
+            **outcome.details,
+            "transform": transform.model_dump(mode="json"),
+            "precision": str(how.precision).removeprefix("torch."),
+            "features_cached": [features.cached for features in found],
+            "data_wait": [round(features.waiting, 3) for features in found],
+        },
+    )
+    path = records.write_record(folder, record)
+    show_result(record, request.json)
+    log(f"record: {path}")
+    return record
+
+
+def percentage(correct: NDArray[np.bool_]) -> Metric:
+    """The share of images (``n``) that are right, in percent, with its interval."""
+    low, high = bootstrap_ci(correct)
+    return Metric(value=100 * float(correct.mean()), ci95=(100 * low, 100 * high), n=len(correct))
+
+
+def write_predictions(
+    folder: Path,
+    names: list[str],
+    labels: NDArray[np.int64],
+    classes: tuple[str, ...],
+    predictions: dict[str, NDArray[np.int64]],
+) -> None:
+    """Write ``predictions.parquet``: a row per image with name, label and a column ``prediction:<metric>`` for each metric.
+
+    A prediction counts as right where it equals the label; -1 is no class. The file's metadata holds the class names.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"name": names, "label": labels} | {f"prediction:{metric}": values for metric, values in predictions.items()}
+    table = pyarrow.table(columns).replace_schema_metadata({"classes": json.dumps(classes, ensure_ascii=False)})
+    with atomic(folder / records.PREDICTIONS_NAME) as temporary:
+        pyarrow.parquet.write_table(table, temporary)
+
+
+def show_result(record: Record, as_json: bool) -> None:
+    """The record's metrics as a short table on stdout, or all of it as JSON."""
+    if as_json:
+        show_json(record)
+        return
+    rows = []
+    for name, metric in record.metrics.items():
+        interval = None if metric.ci95 is None else f"{metric.ci95[0]:.2f} to {metric.ci95[1]:.2f}"
+        rows.append([name, metric.value, interval, metric.n])
+    title = f"{record.protocol.name} of {record.subject.checkpoint} on {record.data.source}"
+    show_table(title, ["metric", "%", "95 % interval", "images"], rows)
+
+
+def pass_of(request: Request) -> Pass:
+    """How ``request`` has the encoder go over the images."""
+    device = pick_device(request.device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Pass(
+        device=device,
+        precision=pick_precision(request.precision, device),
+        batch_size=request.batch_size or (CUDA_BATCH if device.type == "cuda" and not request.smoke else BATCH),
+        # On an accelerator all cores decode; on a CPU, where the encoder wants them, half of them.
+        workers=min(cores if device.type == "cuda" else cores // 2, MOST_WORKERS) if request.workers is None else request.workers,
+        allow_corrupt=request.allow_corrupt,
+        cache=None if request.cache is None else Path(request.cache),
+    )
+
+
+def open_split(request: Request, split: SplitName) -> ImageSet:
+    """The images of one split, for a smoke run two batches of them."""
+    images = open_source(request.data, split)
+    return take(images, "images", SMOKE_BATCHES * (request.batch_size or BATCH)) if request.smoke else images
+
+
+def _labels_as_in(train: ImageSet, val: ImageSet) -> NDArray[np.int64]:
+    """The val labels as indices of the train split's classes; raises ``UserError`` for what cannot be evaluated."""
+    for images in (train, val):
+        require_classes(images)
+        if unlabelled := int((images.labels < 0).sum()):
+            raise UserError(f"{images.source}: {unlabelled} images of {images.split} have no label; remove or label them")
+    if val.classes == train.classes:
+        return val.labels
+    unknown = sorted({val.classes[label] for label in np.unique(val.labels)} - set(train.classes))
+    if unknown:
+        raise UserError(f"{val.source}: class '{unknown[0]}' of val has no images in train ({len(unknown)} such classes)")
+    place = {name: index for index, name in enumerate(train.classes)}
+    return np.array([place.get(name, -1) for name in val.classes])[val.labels]
+
+
+def evaluation_transform(checkpoint: Checkpoint, protocol: ImageProtocol) -> EvaluationTransform:
+    """How the images come to the encoder of ``checkpoint``."""
+    spec = checkpoint.encoder.spec
+    transform = EvaluationTransform.for_size(spec.image_size, spec.mean, spec.std)
+    if protocol.resize is None:
+        return transform
+    return EvaluationTransform.check({**transform.model_dump(), "resize": protocol.resize}, "protocol: resize")
+
+
+def output_folder(request: Request, task: str, name: str, protocol: ImageProtocol, checkpoint: Checkpoint) -> Path:
+    """``--out``, else a folder in the run folder or under ``runs``; settings changed by ``--set`` add their hash."""
+    if request.out:
+        return Path(request.out)
+    base = checkpoint.folder / "evaluations" if checkpoint.folder else Path("runs") / slug(request.checkpoint)
+    source = parse_source(request.data)
+    data = "-".join([Path(source.path).name or source.kind, *(f"{key}{value}" for key, value in sorted(source.options.items()))])
+    parts = [name if name.startswith(task) else f"{task}-{name}", slug(data)]
+    parts += [protocol.hash[:6]] * bool(request.set) + ["smoke"] * request.smoke
+    return base / "-".join(parts)
+
+
+def slug(text: str) -> str:
+    """``text`` as part of a file name: of a path its last component, the kind before a colon kept."""
+    kind, colon, rest = text.partition(":")
+    if colon and "/" not in kind:
+        return f"{kind}-{slug(rest)}"
+    if "/" in text or Path(text).suffix in (".pt", ".pth", ".safetensors"):
+        text = Path(text).stem
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "data"
+
+
+def refuse_clash(folder: Path, checkpoint: Checkpoint, source: str, fingerprint: str) -> None:
+    """Raise ``UserError`` rather than overwrite the record of another checkpoint or of other data in ``folder``."""
+    try:
+        old = records.read_record(folder / records.RECORD_NAME)
+    except UserError:
+        return
+    if old.subject.sha256 != checkpoint.sha256 and old.subject.checkpoint != checkpoint.subject.checkpoint:
+        raise UserError(f"{folder}: holds the record of checkpoint {old.subject.checkpoint}; choose another --out")
+    if old.data.source != source and old.data.fingerprint != fingerprint:
+        raise UserError(f"{folder}: holds a record on {old.data.source}; choose another --out")
+
+
+def _cost(began: float, found: list[Features], device: torch.device) -> Cost:
+    images, seconds = sum(len(f.kept) + len(f.corrupt) for f in found), sum(f.seconds for f in found)
+    return Cost(
+        seconds=round(time.monotonic() - began, 3),
+        images_per_second=round(images / seconds, 1) if seconds else None,
+        peak_memory_bytes=peak_memory(device),
+    )
+
+
+def settings_of(protocol: ImageProtocol) -> dict[str, Any]:
+    """The settings as they go into a record."""
+    return protocol.model_dump(mode="json", exclude={"task", "version"})
