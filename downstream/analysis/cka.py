@@ -11,18 +11,26 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
 
+from downstream.analysis.study import Analysis, AnalysisProtocol, Gallery, Outcome, Prepared, rounded
+from mte_bench.encoders.checkpoint import Checkpoint
 from mte_bench.errors import UserError
 from mte_bench.plotting import picture
+from mte_bench.records import Metric
 
-Array = np.ndarray
+Floats = NDArray[np.floating]
 
+GLOBAL = "global"
 PRINTED = 16  # up to so many tokens, the value is printed in each cell
 
 
-def linear_cka(features: Sequence[Array]) -> Array:
+def linear_cka(features: Sequence[Floats]) -> Floats:
     """Linear CKA of every pair of t feature sets, each (n, c_t) over the same n images, as a (t, t) matrix in [0, 1].
 
     With centred X and Y: ||Y'X||_F^2 / (||X'X||_F ||Y'Y||_F), in float64. Each set is multiplied once with all sets
@@ -39,7 +47,7 @@ def linear_cka(features: Sequence[Array]) -> Array:
     return _normalise(cross)
 
 
-def minibatch_cka(features: Sequence[Array], batch: int = 256, passes: int = 10, seed: int = 0) -> Array:
+def minibatch_cka(features: Sequence[Floats], batch: int = 256, passes: int = 10, seed: int = 0) -> Floats:
     """The minibatch estimate of linear CKA of every pair of t feature sets (n, c_t), as a (t, t) matrix.
 
     Each pass shuffles the images and cuts them into whole batches (one batch of all n, once, where n is smaller);
@@ -62,7 +70,7 @@ def minibatch_cka(features: Sequence[Array], batch: int = 256, passes: int = 10,
     return _normalise(total)
 
 
-def unbiased_hsic(features: Sequence[Array]) -> Array:
+def unbiased_hsic(features: Sequence[Floats]) -> Floats:
     """HSIC_1 with linear kernels of every pair of t feature sets (n, c_t), n >= 4, as a (t, t) matrix.
 
     With K and L whose diagonals are set to 0: (tr(KL) + 1'K1 1'L1 / ((n-1)(n-2)) - 2/(n-2) 1'KL1) / (n(n-3)).
@@ -76,7 +84,7 @@ def unbiased_hsic(features: Sequence[Array]) -> Array:
     return (flat @ flat.T + np.outer(sums, sums) / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows @ rows.T) / (n * (n - 3))
 
 
-def mean_between(matrix: Array, rows: Sequence[int], columns: Sequence[int] | None = None) -> float:
+def mean_between(matrix: Floats, rows: Sequence[int], columns: Sequence[int] | None = None) -> float:
     """The mean of ``matrix`` over ``rows`` x ``columns``; without ``columns``, over the pairs of different ``rows``."""
     if columns is not None:
         return float(matrix[np.ix_(rows, columns)].mean())
@@ -84,14 +92,14 @@ def mean_between(matrix: Array, rows: Sequence[int], columns: Sequence[int] | No
     return float(inner[~np.eye(len(rows), dtype=bool)].mean())
 
 
-def refuse_constant(features: Sequence[Array], names: Sequence[str]) -> None:
+def refuse_constant(features: Sequence[Floats], names: Sequence[str]) -> None:
     """Raise ``UserError`` for a token that is the same for every image, to float32's rounding: its CKA is undefined."""
     for name, x in zip(names, features, strict=True):
         if np.linalg.norm(_centre(x)) <= 1e-6 * np.linalg.norm(x.astype(np.float64)):
             raise UserError(f"token '{name}': the same for every image, so its CKA is undefined; the encoder has collapsed")
 
 
-def draw_cka(path: str | Path, matrix: Array, names: Sequence[str], title: str) -> None:
+def draw_cka(path: str | Path, matrix: Floats, names: Sequence[str], title: str) -> None:
     """Write the heat map of a (t, t) CKA matrix; white lines part the kinds of tokens (names alike but for their number)."""
     count = len(names)
     cell = 0.52 if count <= PRINTED else max(0.2, 8 / count)
@@ -117,16 +125,88 @@ def draw_cka(path: str | Path, matrix: Array, names: Sequence[str], title: str) 
         figure.colorbar(image, ax=axes, label="linear CKA", shrink=0.8)
 
 
+class CKAProtocol(AnalysisProtocol):
+    """Settings of CKA."""
+
+    between: Literal["auto", "tokens", "layers"]
+    """The global and the auxiliary tokens, or the global token after each block; ``auto`` takes tokens where there are
+    auxiliary ones."""
+    minibatch: int = Field(ge=4)
+    """Images of a batch of the minibatch estimator; unbiased for any."""
+    passes: int = Field(ge=1)
+    """How often it goes through the images."""
+    seed: int = Field(ge=0)
+    """Of the composition of its batches."""
+
+
+def prepare_cka(protocol: CKAProtocol, checkpoint: Checkpoint) -> Prepared:
+    """The tokens or layers of ``checkpoint``, each ``b c``."""
+    multi_token = None if protocol.between == "layers" else checkpoint.multi_token()
+    if multi_token is None:
+        if protocol.between == "tokens":
+            raise UserError(f"{checkpoint.subject.checkpoint}: has no auxiliary tokens to compare; use --between layers")
+        encoder = checkpoint.encoder
+        depth = len(encoder.block_list)
+
+        def layers(images: Tensor) -> list[Tensor]:
+            tokens = encoder(images, blocks=range(depth))
+            return [*(token for token, _ in tokens.blocks), tokens.global_token]
+
+        return Prepared(encoder, layers, (*(f"block {index + 1}" for index in range(depth)), "final norm"))
+
+    def tokens_of(images: Tensor) -> list[Tensor]:
+        tokens, auxiliary = multi_token(images)
+        return [tokens.global_token, *auxiliary.unbind(1)]
+
+    return Prepared(multi_token, tokens_of, (GLOBAL, *multi_token.names))
+
+
+def measure_cka(protocol: CKAProtocol, prepared: Prepared, features: list[Floats], gallery: Gallery) -> Outcome:
+    """Mean CKA of groups of pairs (the first one is the headline), and both matrices."""
+    names, count = prepared.names, len(features[0])
+    refuse_constant(features, names)
+    exact = linear_cka(features)
+    estimated = minibatch_cka(features, protocol.minibatch, protocol.passes, protocol.seed)
+    metrics = {}
+    for group, (rows, columns) in _groups(names).items():
+        for suffix, matrix in (("", exact), ("_minibatch", estimated)):
+            metrics[group + suffix] = Metric(value=mean_between(matrix, rows, columns), n=count)
+    between = "tokens" if names[0] == GLOBAL else "layers"
+    return Outcome(
+        metrics=metrics,
+        values={"names": names, "exact": rounded(exact), "minibatch": rounded(estimated)},
+        draw=lambda path, subject: draw_cka(path, exact, names, f"Linear CKA between {between}\n{subject}"),
+        details={"between": between, "estimators_max_abs_difference": float(np.abs(exact - estimated).max())},
+    )
+
+
+CKA = Analysis("cka", CKAProtocol, prepare_cka, measure_cka)
+
+
+def _groups(names: Sequence[str]) -> dict[str, tuple[list[int], list[int] | None]]:
+    """Which pairs are averaged under which name: all pairs of different rows, or rows with columns."""
+    places = list(range(len(names)))
+    if names[0] != GLOBAL:
+        return {"cka_layers": (places, None)}
+    groups: dict[str, tuple[list[int], list[int] | None]] = {
+        "cka_auxiliary": (places[1:], None),
+        "cka_auxiliary_cls": ([place for place in places if names[place].startswith("CLS")], None),
+        "cka_pooled": ([place for place in places if names[place].startswith("pooled")], None),
+        "cka_global_auxiliary": ([0], places[1:]),
+    }
+    return {group: (rows, columns) for group, (rows, columns) in groups.items() if columns is not None or len(rows) > 1}
+
+
 def _borders(names: Sequence[str]) -> list[float]:
     sizes = [len(list(group)) for _, group in groupby(names, key=lambda name: re.sub(r"[\s_]*\d+$", "", name))]
     return [float(edge) - 0.5 for edge in np.cumsum(sizes)[:-1]]
 
 
-def _centre(x: Array) -> Array:
+def _centre(x: Floats) -> Floats:
     x = x.astype(np.float64)
     return x - x.mean(axis=0)
 
 
-def _normalise(hsic: Array) -> Array:
+def _normalise(hsic: Floats) -> Floats:
     scale = np.sqrt(np.diag(hsic))
     return hsic / np.outer(scale, scale)

@@ -1,11 +1,11 @@
 """Maps over images as one picture: a row per image, a column per map; blended with the image, and the map by itself."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mte_bench.plotting import picture
 
@@ -14,41 +14,37 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-Array = np.ndarray
+Floats = NDArray[np.floating]
 
 MAP_COLOURS = "viridis"  # perceptually even and distinct for every common kind of colour vision
 SIGNED_COLOURS = "PuOr"
-CELL, GAP, MARGIN, HEAD = 1.05, 0.09, 0.12, 0.45  # inches: a map, the space between groups, the border, title and names
+CELL, GAP, MARGIN, HEAD = 1.05, 0.09, 0.12, 0.65  # inches: a map, the space between groups, the border, title and names
 
 
-@dataclass(frozen=True)
-class Shown:
-    """The images of a picture and their maps."""
-
-    captions: Sequence[str]
-    """One for each of the i images."""
-    images: Array
-    """``i h w 3`` in [0, 1]: what the encoder saw."""
-    maps: Array
-    """``i t rows columns``, not negative."""
-
-
-def relative(maps: Array) -> Array:
+def relative(maps: Floats) -> Floats:
     """Each map (``... rows columns``) divided by its own mean: 1 is what an even map has everywhere."""
     mean = maps.mean(axis=(-2, -1), keepdims=True)
     return maps / np.where(mean > 0, mean, 1)
 
 
 def draw_maps(
-    path: str | Path, shown: Shown, columns: Sequence[str], title: str, label: str, kernels: Array | None = None
+    path: str | Path,
+    captions: Sequence[str],
+    images: Floats,
+    maps: Floats,
+    columns: Sequence[str],
+    title: str,
+    label: str,
+    kernels: Floats | None = None,
 ) -> None:
-    """Write the picture of ``shown`` with one column per map, called ``columns``; ``label`` says what the colours mean.
+    """Write the picture of the ``maps`` (``i t rows columns``, not negative) of ``images`` (``i h w 3`` in [0, 1]).
 
+    ``captions`` name the images, ``columns`` the maps; ``title`` has two lines; ``label`` says what the colours mean.
     Maps are shown relative to their own mean on one scale for all, cut at the 1st and 99th percentile but never
     narrower than 0.9 to 1.1, so that an even map looks even. ``kernels`` (``t k k``), one per column, are drawn on top
     on a scale of their own around 0.
     """
-    maps = relative(shown.maps)
+    maps = relative(maps)
     count, tokens = maps.shape[:2]
     low, high = np.percentile(maps, (1, 99))
     low, high = min(float(low), 0.9), max(float(high), 1.1)
@@ -85,11 +81,11 @@ def draw_maps(
                 (lefts[0] - GAP) / width, 1 - (MARGIN + HEAD + cell / 2) / height,
                 "kernels, mean\nover channels", ha="right", va="center", fontsize=8,
             )  # fmt: skip
-        for index, image in enumerate(shown.images):
+        for index, image in enumerate(images):
             top = start + index * (2 * cell + 3 * GAP)
             original = bare(MARGIN, top, 2 * cell)
             original.imshow(image)
-            original.set_xlabel(_short(shown.captions[index]), fontsize=7, labelpad=2)
+            original.set_xlabel(_short(captions[index]), fontsize=7, labelpad=2)
             extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
             for left, values in zip(lefts, maps[index], strict=True):
                 blended = bare(left, top)

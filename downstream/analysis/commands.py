@@ -1,0 +1,120 @@
+"""The verb ``analyze``: each analysis is one command, one record and one picture."""
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+from downstream.commands import (
+    AllowCorrupt,
+    AllowPartial,
+    BatchSize,
+    Checkpoint,
+    Device,
+    DryRun,
+    Json,
+    Out,
+    Precision,
+    Set,
+    Smoke,
+    Source,
+    Workers,
+)
+
+Count = Annotated[int | None, typer.Option(min=4, help="Val images to measure on (default: the protocol's, 2000).")]
+Images = Annotated[int, typer.Option(min=1, help="Images in the picture.")]
+Protocol = Annotated[str, typer.Option(help="Name of a protocol (mte-bench list protocols) or a YAML file.")]
+Between = Annotated[
+    Literal["tokens", "layers"] | None,
+    typer.Option(help="What to compare (default: tokens where there are auxiliary ones, else layers)."),
+]
+
+analyze = typer.Typer(help="Look into an encoder: CKA of its tokens, pooling maps, CLS attention.", no_args_is_help=True)
+
+
+@analyze.command()
+def cka(
+    checkpoint: Checkpoint,
+    data: Source,
+    out: Out = None,
+    between: Between = None,
+    count: Count = None,
+    protocol: Protocol = "cka",
+    set_: Set = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    allow_corrupt: AllowCorrupt = 0,
+    allow_partial: AllowPartial = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+) -> Any:
+    """How alike tokens or layers see the same images: linear CKA of all pairs, as a heat map."""
+    options = dict(locals())
+    from downstream.analysis.cka import CKA
+
+    return _study(CKA, **options)
+
+
+@analyze.command()
+def pooling(
+    checkpoint: Checkpoint,
+    data: Source,
+    out: Out = None,
+    images: Images = 6,
+    count: Count = None,
+    protocol: Protocol = "pooling",
+    set_: Set = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    allow_corrupt: AllowCorrupt = 0,
+    allow_partial: AllowPartial = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+) -> Any:
+    """Where the pooled tokens of MTE look: kernels and weight maps over images."""
+    options = dict(locals())
+    from downstream.analysis.pooling import POOLING
+
+    return _study(POOLING, **options)
+
+
+@analyze.command()
+def attention(
+    checkpoint: Checkpoint,
+    data: Source,
+    out: Out = None,
+    images: Images = 6,
+    count: Count = None,
+    protocol: Protocol = "attention",
+    set_: Set = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    allow_corrupt: AllowCorrupt = 0,
+    allow_partial: AllowPartial = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+) -> Any:
+    """Where a ViT's CLS token looks: attention of the last block's heads over images."""
+    options = dict(locals())
+    from downstream.analysis.attention import ATTENTION
+
+    return _study(ATTENTION, **options)
+
+
+def _study(
+    analysis: Any, *, set_: list[str] | None, count: int | None, between: str | None = None, images: int = 0, **options: Any
+) -> Any:
+    from downstream.analysis.study import study
+    from downstream.evaluate import Request
+
+    given = {"count": count, "between": between}
+    assignments = [*(set_ or ()), *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    return study(analysis, Request(set=tuple(assignments), **options), images)

@@ -1,0 +1,250 @@
+"""What the analyses share: from a checkpoint, a source and a protocol to a record, its picture and its values.
+
+An analysis is a class of settings and two functions. ``prepare`` says what is computed from a batch of images, and refuses
+a checkpoint that has none of it; ``measure`` makes numbers and a picture of what was computed. ``study`` does the rest.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+
+from downstream.evaluate import (
+    Request,
+    evaluation_transform,
+    load_protocol,
+    open_split,
+    output_folder,
+    pass_of,
+    refuse_clash,
+    settings_of,
+    slug,
+)
+from downstream.features import Pass, decoded_batches
+from downstream.plan import seconds_of, show_plan
+from downstream.task import ImageProtocol
+from mte_bench import records
+from mte_bench.console import ProgressLine, log, show_json, show_table
+from mte_bench.data.sources import ImageSet, parse_source, take
+from mte_bench.data.transforms import EvaluationTransform
+from mte_bench.device import autocast, peak_memory
+from mte_bench.encoders.checkpoint import Checkpoint, open_checkpoint
+from mte_bench.errors import UserError
+from mte_bench.files import write_json
+from mte_bench.records import Cost, Data, Metric, Record, make_record
+from mte_bench.statistics import bootstrap_ci
+
+Floats = NDArray[np.floating]
+
+
+class AnalysisProtocol(ImageProtocol):
+    """Settings that every analysis has."""
+
+    count: int = Field(ge=4)
+    """Images of the val split to measure on: always the same ones, balanced over the classes; all if there are fewer."""
+
+
+A = TypeVar("A", bound=AnalysisProtocol)
+
+
+class Prepared(NamedTuple):
+    """What is computed."""
+
+    model: nn.Module
+    """What computes; brought to the device and into evaluation mode."""
+    compute: Callable[[Tensor], Sequence[Tensor]]
+    """From images ``b c h w`` to any number of tensors ``b ...``."""
+    names: tuple[str, ...]
+    """Of whatever the analysis compares: tokens, heads, layers."""
+
+
+class Gallery(NamedTuple):
+    """The images that a picture shows, spread evenly over those that were measured."""
+
+    rows: NDArray[np.int64]
+    """Which of the measured images they are."""
+    captions: list[str]
+    images: Floats
+    """``i h w 3`` in [0, 1]: what the encoder saw."""
+
+
+class Outcome(NamedTuple):
+    """What an analysis found."""
+
+    metrics: dict[str, Metric]
+    values: dict[str, Any]
+    """What the picture shows, as plain data."""
+    draw: Callable[[Path, str], None]
+    """Draw the picture at this path; the text says of what it is."""
+    details: dict[str, Any]
+
+
+class Analysis(NamedTuple, Generic[A]):
+    """One analysis."""
+
+    name: str
+    protocol: type[A]
+    prepare: Callable[[A, Checkpoint], Prepared]
+    """Raises ``UserError`` for a checkpoint that the analysis is not for."""
+    measure: Callable[[A, Prepared, list[Floats], Gallery], Outcome]
+    """From what was computed of all n images (arrays ``n ...``)."""
+
+
+def study(analysis: Analysis[A], request: Request, shown: int) -> Record | None:
+    """Do what ``request`` asks of ``analysis``, with ``shown`` images in the picture; returns the record, None for a dry run.
+
+    Raises ``UserError`` for everything that the user can mend.
+    """
+    began = time.monotonic()
+    name, protocol = load_protocol(analysis, request.protocol, request.set)
+    how = pass_of(request)
+    images = open_split(request, "val")
+    images = take(images, "images", protocol.count) if protocol.count < len(images) else images
+    checkpoint = open_checkpoint(request.checkpoint, allow_partial=request.allow_partial, image_size=protocol.image_size)
+    transform = evaluation_transform(checkpoint, protocol)
+    folder = output_folder(request, analysis.name, name, protocol, checkpoint)
+    prepared = analysis.prepare(protocol, checkpoint)
+    prepared.model.eval().to(how.device)
+    if request.dry_run:
+        resolved = {"task": analysis.name, "protocol": name, "settings": settings_of(protocol), "out": str(folder)}
+        show_plan(resolved | _plan(prepared, images, transform, how, checkpoint), request.json)
+        return None
+    refuse_clash(folder, checkpoint, images.source, images.fingerprint)
+
+    pass_began = time.monotonic()
+    arrays, kept, corrupt = _collect(prepared, images, transform, how)
+    seconds = time.monotonic() - pass_began
+    gallery = _gallery(images, kept, transform, shown)
+    outcome = analysis.measure(protocol, prepared, arrays, gallery)
+    files = {"picture": f"{analysis.name}.png", "values": f"{analysis.name}.json"}
+    outcome.draw(folder / files["picture"], _title(checkpoint, images, len(kept)))
+    write_json(folder / files["values"], outcome.values)
+    record = make_record(
+        task=analysis.name,
+        protocol=records.Protocol(name=name, version=protocol.version, settings=settings_of(protocol)),
+        subject=checkpoint.subject,
+        data=Data(
+            source=images.source,
+            split="val",
+            images={"val": len(kept)},
+            classes=len(images.classes) or None,
+            fingerprint=images.fingerprint,
+            subset=images.subset,
+            corrupt=corrupt,
+        ),
+        metrics=outcome.metrics,
+        cost=Cost(
+            seconds=round(time.monotonic() - began, 3),
+            images_per_second=round(len(images) / seconds, 1),
+            peak_memory_bytes=peak_memory(how.device),
+        ),
+        files=files,
+        details={
+            **outcome.details,
+            "shown": gallery.captions,
+            "transform": transform.model_dump(mode="json"),
+            "precision": str(how.precision).removeprefix("torch."),
+        },
+    )
+    path = records.write_record(folder, record)
+    _show(record, request.json)
+    log(f"picture: {folder / files['picture']}")
+    log(f"record: {path}")
+    return record
+
+
+def mean_over_images(values: Floats) -> Metric:
+    """The mean of ``values`` (``n``, one per image) with its interval over images."""
+    return Metric(value=float(values.mean()), ci95=bootstrap_ci(values), n=len(values))
+
+
+def rounded(values: Floats, digits: int = 5) -> Any:
+    """``values`` as nested lists of numbers with so many significant digits, for files that people read."""
+    if values.ndim:
+        return [rounded(part, digits) for part in values]
+    return float(f"{float(values):.{digits}g}")
+
+
+def _compute(prepared: Prepared, batch: Tensor, how: Pass) -> list[Floats]:
+    with torch.inference_mode(), autocast(how.device, how.precision):
+        return [part.float().cpu().numpy() for part in prepared.compute(batch.to(how.device, non_blocking=True))]
+
+
+def _collect(
+    prepared: Prepared, images: ImageSet, transform: EvaluationTransform, how: Pass
+) -> tuple[list[Floats], NDArray[np.int64], list[str]]:
+    """What is computed of all images that can be decoded; which these are; the names of the others."""
+    parts: list[list[Floats]] = []
+    lost: list[int] = []
+    done, line = 0, ProgressLine()
+    for batch, bad, _ in decoded_batches(images, transform, how):
+        lost += bad
+        good = np.setdiff1d(np.arange(len(batch)), np.array(bad, dtype=np.int64) - done)
+        computed = [values[good] for values in _compute(prepared, batch, how)]
+        for values in computed:
+            finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+            if not finite.all():
+                name = images.name(done + int(good[np.argmin(finite)]))
+                raise UserError(f"the encoder's tokens of {name} are not finite: a diverged checkpoint, or --precision float32")
+        parts.append(computed)
+        done += len(batch)
+        line.show(f"{images.split}: {done}/{len(images)} images  {done / line.seconds:.0f} images/s", last=done == len(images))
+    arrays = [np.concatenate(same) for same in zip(*parts, strict=True)]
+    kept = np.setdiff1d(np.arange(len(images)), lost)
+    if not len(kept):
+        raise UserError(f"{images.source}: none of the {len(images)} {images.split} images can be decoded")
+    return arrays, kept, [images.name(index) for index in lost]
+
+
+def _gallery(images: ImageSet, kept: NDArray[np.int64], transform: EvaluationTransform, shown: int) -> Gallery:
+    rows = np.unique(np.linspace(0, len(kept) - 1, min(shown, len(kept))).round().astype(np.int64))
+    captions, pixels = [], []
+    mean, std = np.array(transform.mean), np.array(transform.std)
+    for index in kept[rows]:
+        label, name = int(images.labels[index]), images.name(int(index)).rsplit("/", 1)[-1]
+        captions.append(f"{images.classes[label]}: {name}" if label >= 0 else name)
+        tensor = transform(images.image(int(index)))
+        pixels.append((tensor.permute(1, 2, 0).numpy() * std + mean).clip(0, 1))
+    return Gallery(rows, captions, np.stack(pixels))
+
+
+def _title(checkpoint: Checkpoint, images: ImageSet, count: int) -> str:
+    source = parse_source(images.source)
+    data = Path(source.path).name or source.kind
+    return f"{slug(checkpoint.subject.checkpoint)} ({checkpoint.subject.arch}), {count:,} images of {data}"
+
+
+def _show(record: Record, as_json: bool) -> None:
+    if as_json:
+        show_json(record)
+        return
+    rows = []
+    for name, metric in record.metrics.items():
+        interval = None if metric.ci95 is None else f"{metric.ci95[0]:.3f} to {metric.ci95[1]:.3f}"
+        rows.append([name, f"{metric.value:.3f}", interval, metric.n])
+    title = f"{record.protocol.name} of {record.subject.checkpoint} on {record.data.source}"
+    show_table(title, ["metric", "value", "95 % interval", "images"], rows)
+
+
+def _plan(
+    prepared: Prepared, images: ImageSet, transform: EvaluationTransform, how: Pass, checkpoint: Checkpoint
+) -> dict[str, Any]:
+    batch = torch.stack([transform(images.image(0))] * min(how.batch_size, len(images), 16))
+    decode = seconds_of(lambda: transform(images.image(0)))
+    encode = seconds_of(lambda: _compute(prepared, batch, how)) / len(batch)
+    bytes_per_image = sum(values[0].nbytes for values in _compute(prepared, batch[:1], how))
+    return {
+        "encoder": f"{checkpoint.subject.checkpoint} ({checkpoint.subject.arch}, {checkpoint.encoder.spec.image_size} px)",
+        "data": images.source,
+        "images": {"val": len(images)},
+        "transform": transform.model_dump(mode="json"),
+        "compared": ", ".join(prepared.names),
+        "pass_seconds": round(len(images) * max(encode, decode / max(how.workers, 1)), 1),
+        "pass_memory_bytes": len(images) * bytes_per_image,
+    }
