@@ -16,7 +16,7 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, BLACK = (
 )  # fmt: skip
 COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, BLACK)
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {  # matplotlib types its keys one by one
     "figure.facecolor": "white",
     "figure.dpi": 150,
     "font.size": 10,
