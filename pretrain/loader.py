@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mte_bench.data.sources import ImageSet
 from mte_bench.errors import CorruptImage, UserError
 from pretrain.recipe import Recipe, Views
-from pretrain.views import Draws, make_views
+from pretrain.views import Draws, make_views, readable
 
 Key = tuple[int, int]
 """(epoch, image index)."""
@@ -90,7 +90,7 @@ class ViewDataset(Dataset[Batch | UserError]):
     """Maps a list of (epoch, index) to the ``Batch`` of their views; errors the user can mend are returned, not raised.
 
     In place of an image that cannot be read comes the next one by index that can (after the last, the first), with its own
-    label and index, but the random choices of the image it replaces. No more than ``allow_corrupt`` are passed over in a row.
+    label and index, but the random choices of the image it replaces. At most ``allow_corrupt`` are passed over in a row.
     """
 
     def __init__(self, images: ImageSet, views: Views, *, seed: int = 0, allow_corrupt: int = 0):
@@ -103,7 +103,7 @@ class ViewDataset(Dataset[Batch | UserError]):
 
         def read() -> Iterator[Image.Image]:
             for _, index in keys:
-                position, image = self._readable(index, corrupt)
+                position, image = readable(self.images, index, self.allow_corrupt, corrupt)
                 taken.append(position)
                 yield image
 
@@ -112,17 +112,6 @@ class ViewDataset(Dataset[Batch | UserError]):
         except UserError as error:  # a worker would wrap it in its traceback
             return error
         return Batch(groups, torch.from_numpy(self.images.labels[taken]), torch.tensor(taken), corrupt)
-
-    def _readable(self, index: int, corrupt: dict[str, str]) -> tuple[int, Image.Image]:
-        for passed in range(len(self.images)):
-            position = (index + passed) % len(self.images)
-            try:
-                return position, self.images.image(position)
-            except CorruptImage as error:
-                corrupt[error.path] = error.reason
-                if passed >= self.allow_corrupt:
-                    raise
-        raise UserError(f"{self.images.source}: not one of its {len(self.images)} images can be read")
 
 
 def view_loader(

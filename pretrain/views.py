@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from mte_bench.data.sources import ImageSet
+from mte_bench.errors import CorruptImage, UserError
 from mte_bench.plotting import COLOURS, picture
 from pretrain import pixels
 from pretrain.recipe import View, Views
@@ -223,6 +224,22 @@ def normalise(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
     )
 
 
+def readable(images: ImageSet, index: int, allowed: int, corrupt: dict[str, str]) -> tuple[int, Image.Image]:
+    """The image at ``index``, or the next that can be read (after the last, the first), and its index.
+
+    Those that cannot are entered into ``corrupt``, name and reason; raises ``CorruptImage`` at the ``allowed + 1``-th in a row.
+    """
+    for passed in range(len(images)):
+        position = (index + passed) % len(images)
+        try:
+            return position, images.image(position)
+        except CorruptImage as error:
+            corrupt[error.path] = error.reason
+            if passed >= allowed:
+                raise
+    raise UserError(f"{images.source}: not one of its {len(images)} images can be read")
+
+
 def draw_views(path: str | Path, images: ImageSet, views: Views, seed: int, rows: int = 3, most_locals: int = 4) -> None:
     """Draw some images, each in a row with its views of the first epoch, the crops framed in it, into the picture ``path``."""
     from matplotlib.patches import Rectangle
@@ -232,8 +249,8 @@ def draw_views(path: str | Path, images: ImageSet, views: Views, seed: int, rows
     indices = sorted({len(images) * row // rows for row in range(rows)})
     draws = Draws(seed)
     with picture(path, width=1.6 * (len(specs) + 1), height=1.8 * len(indices)) as figure:
-        for index, axes in zip(indices, figure.subplots(len(indices), len(specs) + 1, squeeze=False), strict=True):
-            image = images.image(index)
+        for start, axes in zip(indices, figure.subplots(len(indices), len(specs) + 1, squeeze=False), strict=True):
+            index, image = readable(images, start, len(images), {})  # the run itself counts those that cannot be read
             made = chain.from_iterable(make_views([image], [(0, index)], views, draws))
             axes[0].imshow(np.asarray(image))
             axes[0].set_title("image", fontsize=9)

@@ -9,7 +9,7 @@ from torchvision.transforms import ColorJitter, InterpolationMode, RandomResized
 from torchvision.transforms import functional as F
 
 from mte_bench.data.sources import ImageSet
-from mte_bench.errors import UserError
+from mte_bench.errors import CorruptImage, UserError
 from pretrain import pixels, views
 from pretrain.recipe import View, Views
 from pretrain.views import ORDERS, Draws, choose, draw_views, make_views, normalise
@@ -276,13 +276,15 @@ def test_settings_that_make_no_view_are_one_clear_error(key, value):
 
 
 class Pictures(ImageSet):
-    """Images in memory."""
+    """Images in memory; of several the first cannot be read."""
 
     def __init__(self, count: int):
         self.source, self.split, self.classes = "pictures", "train", ()
         self.labels = np.full(count, -1)
 
     def image(self, index: int) -> Image.Image:
+        if index == 0 and len(self) > 1:
+            raise CorruptImage("0.jpg", "truncated")
         return to_pil(some_planes(1, 40, 60, seed=index))[0]
 
 
