@@ -466,6 +466,9 @@ def test_partial_match(tmp_path: Path):
     start = fresh_encoder(opened.encoder.spec, 0).model.state_dict()
     found = opened.encoder.model.state_dict()
     assert all(torch.equal(found[name], start[name] if name in opened.missing else weights[name]) for name in found)
+    surplus = save(weights | {"adapter.weight": torch.ones(2)}, tmp_path / "surplus.pth")
+    with pytest.raises(UserError, match=r"missing nothing; not expected adapter\.weight"):
+        open_checkpoint(surplus)
     wrong = save(weights | {"norm.bias": torch.zeros(7)}, tmp_path / "wrong.pth")
     with pytest.raises(UserError, match=r"norm\.bias of shape 7, not 192"):
         open_checkpoint(wrong)
