@@ -57,8 +57,8 @@ KINDS = (
     Kind(
         "pretrain",
         "views",
-        "Views of one image",
-        "The views that one image is turned into, as the student and the teacher see them; each epoch draws new ones.",
+        "Views of an image",
+        "An image, and the views that it is turned into, as the student and the teacher see them; each epoch draws new ones.",
         "something of the object in every view. Where a view has lost it, the two networks are asked to agree on nothing.",
     ),
     Kind(
@@ -119,7 +119,7 @@ def draw_curves(collection: Collection, out: Path) -> list[Figure]:
             groups.setdefault(key, []).append((entry, curves))
     figures: list[Figure] = []
     for (data, _, architecture), members in groups.items():
-        file = _unused(figures, f"curves-{slug(f'{data} {architecture}')}", ".png")
+        file = _unused(figures, f"curves-{slug(data)}", ".png")
         lines = _lines(members)
         _draw_curves(out / file, lines)
         remark = ", ".join(f"{line.label}: {len(line.runs)} run{'s' * (len(line.runs) > 1)}" for line in lines)

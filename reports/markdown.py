@@ -43,8 +43,13 @@ def interval(ends: tuple[float, float] | None, signed: bool = False) -> str:
     """``[61.4, 63.3]``."""
     if ends is None:
         return f"[{MISSING}]"
-    low, high = (f"{end:+.1f}" if signed else f"{end:.1f}" for end in ends)
+    low, high = (plus_minus(end) if signed else f"{end:.1f}" for end in ends)
     return f"[{low}, {high}]"
+
+
+def plus_minus(value: float, decimals: int = 1) -> str:
+    """A difference with its sign, a true minus among them."""
+    return f"{value:+.{decimals}f}".replace("-", "−")
 
 
 def link(path: Path, out: Path) -> str:

@@ -41,14 +41,17 @@ def method_title(subject: Subject) -> str:
 def architecture_title(subject: Subject) -> str:
     """``ViT-S/16`` for timm's ``vit_small_patch16_224``; the name itself where it has no short one.
 
-    Options of the model (another depth or width) and an image size other than 224 are named too.
+    Options of the model (another depth or width) and an image size other than 224 are named too. With another width a
+    ViT is none of the sizes that have a letter: ``ViT/8 (width 96, depth 4)``.
     """
     title = subject.arch
     if vit := _VIT.fullmatch(subject.arch):
-        title = f"{'ViT' if vit[1] == 'vit' else 'DeiT'}-{_SIZES[vit[2]]}/{subject.patch_size or vit[3]}"
+        size = "" if "embed_dim" in subject.arch_options else f"-{_SIZES[vit[2]]}"
+        title = f"{'ViT' if vit[1] == 'vit' else 'DeiT'}{size}/{subject.patch_size or vit[3]}"
     elif swin := _SWIN.fullmatch(subject.arch):
         title = f"Swin-{_SIZES[swin[1]].replace('Ti', 'T')}"
-    options = [f"{_OPTIONS.get(key, key)} {value}" for key, value in sorted(subject.arch_options.items())]
+    order = [*_OPTIONS, *sorted(subject.arch_options.keys() - _OPTIONS)]
+    options = [f"{_OPTIONS.get(key, key)} {subject.arch_options[key]}" for key in order if key in subject.arch_options]
     title += f" ({', '.join(options)})" if options else ""
     return title if subject.image_size in (None, 224) else f"{title} at {subject.image_size} px"
 

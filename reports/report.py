@@ -16,7 +16,7 @@ from reports.compare import Predictions
 from reports.figures import FOLDER, PREFIXES, Figure, Kind, copy_pictures, draw_curves
 from reports.markdown import Table, link_text, plain_text
 from reports.naming import architecture_title, data_title
-from reports.runs import cost_table, environments, period, record_table
+from reports.runs import cost_table, environments, machinery, period, record_table
 from reports.tables import Section, accuracy_table, cell_summary, section, seed_table
 
 PAGE, SUMMARY = "report.md", "report.json"
@@ -107,6 +107,7 @@ def _opening(collection: Collection, sections: Sequence[Section]) -> dict[str, s
         "seeds": _listed(map(str, seeds)),
         "records": str(len(all_records)),
         "period": period(all_records),
+        "machinery": plain_text(machinery(all_records)),
     }
 
 

@@ -28,7 +28,7 @@ def cost_table(collection: Collection) -> Table | None:
 def _setting(record: Record, collection: Collection) -> tuple[object, ...]:
     """What must be equal for the cost of two runs to be compared."""
     recipe = plain_hash(collection.recipe(record.subject)) or record.subject.sha256
-    how = (record.environment.get("device"), record.details.get("precision"), record.details.get("processes"))
+    how = (device(record), record.details.get("precision"), record.details.get("processes"))
     return (recipe, record.subject.seed, record.data.fingerprint, *map(str, how))
 
 
@@ -42,7 +42,7 @@ def _cost(record: Record, plain: Record | None, collection: Collection) -> tuple
         method_title(subject),
         architecture_title(subject),
         plain_text(data_title(record.data.source)),
-        plain_text(str(record.environment.get("device") or MISSING)),
+        plain_text(device(record)),
         MISSING if subject.epochs is None else f"{subject.epochs:g}",
         MISSING if subject.seed is None else str(subject.seed),
         duration(cost.seconds),
@@ -105,13 +105,30 @@ def headline(record: Record) -> tuple[str, str | None, int | None]:
 
 def environment(record: Record) -> str:
     """Device, versions and source state of a record in one line."""
-    found = record.environment
-    versions = found.get("versions") or {}
-    parts = [str(found.get("device") or "unknown device")]
-    parts += [f"{name} {versions[name]}" for name in VERSIONS if name in versions]
-    commit = found.get("git_commit")
-    parts += [f"commit {commit[:8]}" + (" with changes" if found.get("dirty") else "")] if commit else []
-    return ", ".join(parts)
+    commit = record.environment.get("git_commit")
+    source = [f"commit {commit[:8]}" + (" with changes" if record.environment.get("dirty") else "")] if commit else []
+    return ", ".join([device(record), *_versions(record), *source])
+
+
+def device(record: Record) -> str:
+    """What the record was computed on."""
+    return str(record.environment.get("device") or "unknown device")
+
+
+def _versions(record: Record) -> list[str]:
+    found = record.environment.get("versions") or {}
+    return [f"{name} {found[name]}" for name in VERSIONS if name in found]
+
+
+def machinery(records: Sequence[Record]) -> str:
+    """Every device and every version that the records were made with."""
+    devices = dict.fromkeys(device(record) for record in records)
+    versions = sorted({text for record in records for text in _versions(record)}, key=lambda text: (_rank(text), text))
+    return f"on {', '.join(devices)}" + (f" with {', '.join(versions)}" if versions else "")
+
+
+def _rank(version: str) -> int:
+    return VERSIONS.index(version.rpartition(" ")[0])
 
 
 def environments(records: Iterable[Record]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from reports.collect import Collection, DataTable, Measure, Row
 from reports.compare import Comparison, Predictions, Value, compare, summarise
-from reports.markdown import MISSING, Table, interval, number, plain_text
+from reports.markdown import MISSING, Table, interval, number, plain_text, plus_minus
 from reports.naming import data_title
 from reports.paper import printed
 
@@ -79,7 +79,7 @@ def seed_table(part: Section) -> Table | None:
                         MISSING if seed.seed is None else str(seed.seed),
                         f"{seed.plain:.2f}",
                         f"{seed.value:.2f}",
-                        f"{seed.difference:+.2f} {interval(seed.interval, signed=True)}",
+                        f"{plus_minus(seed.difference, 2)} {interval(seed.interval, signed=True)}",
                         _p(seed.p_value),
                     )
                 )
@@ -120,7 +120,7 @@ def _difference(row: Row, cell: Cell) -> str:
         return ""
     if comparison is None or value is None:
         return MISSING
-    text = f"**{comparison.difference:+.1f}**\n{interval(comparison.interval, signed=True)}"
+    text = f"**{plus_minus(comparison.difference)}**\n{interval(comparison.interval, signed=True)}"
     if len(comparison.seeds) < len(value.seeds):
         text += f"\n{len(comparison.seeds)} of {len(value.seeds)} seeds"
     return text if comparison.p_value is None else f"{text}\np {_p(comparison.p_value)}"

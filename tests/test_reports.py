@@ -371,7 +371,7 @@ def test_pictures_of_images_are_left_out_and_earlier_ones_removed(tmp_path):
     (tmp_path / "report" / "report.json").unlink()
     report([str(tmp_path / "runs")], str(tmp_path / "report"), no_pictures_of_images=True)
     left = {path.name for path in (tmp_path / "report" / "figures").iterdir()}
-    assert left == {"curves-scenes-vit-s-16-at-64-px.png", "cka-scenes-dino.png", "cka-scenes-dino-mte.png", "mine.png"}
+    assert left == {"curves-scenes.png", "cka-scenes-dino.png", "cka-scenes-dino-mte.png", "mine.png"}
     page = (tmp_path / "report" / "report.md").read_text()
     assert "views-" not in page and "--no-pictures-of-images" in page
 
@@ -384,7 +384,7 @@ def test_records_without_their_pictures_and_predictions_make_the_same_tables_of_
     bare = write_report([tmp_path / "runs"], tmp_path / "bare", pictures_of_images=False)
     assert not bare.unusable
     assert [cell["value"] for cell in cells(bare.summary)] == [cell["value"] for cell in cells(whole.summary)]
-    assert bare.summary["figures"] == ["figures/curves-scenes-vit-s-16-at-64-px.png"]
+    assert bare.summary["figures"] == ["figures/curves-scenes.png"]
 
 
 def test_a_record_cannot_bring_in_a_file_from_outside_its_folder(tmp_path):
@@ -471,6 +471,8 @@ def test_names():
     assert architecture_title(subject(arch="vit_base_patch16_224", image_size=224)) == "ViT-B/16"
     tiny = subject(arch="vit_tiny_patch16_224", patch_size=8, arch_options={"depth": 6})
     assert architecture_title(tiny) == "ViT-Ti/8 (depth 6) at 64 px"
+    narrow = subject(arch="vit_tiny_patch16_224", arch_options={"x": 1, "num_heads": 3, "embed_dim": 96}, image_size=224)
+    assert architecture_title(narrow) == "ViT/16 (width 96, heads 3, x 1)"
     assert architecture_title(subject(arch="swin_tiny_patch4_window7_224", image_size=224)) == "Swin-T"
     assert architecture_title(subject(arch="vit_small_patch14_dinov2", image_size=224)) == "vit_small_patch14_dinov2"
     assert data_title("scenes?train=10&val=5") == "scenes"
