@@ -234,7 +234,7 @@ def readable(images: ImageSet, index: int, allowed: int, corrupt: dict[str, str]
         try:
             return position, images.image(position)
         except CorruptImage as error:
-            corrupt[error.path] = error.reason
+            corrupt[images.name(position)] = error.reason
             if passed >= allowed:
                 raise
     raise UserError(f"{images.source}: not one of its {len(images)} images can be read")
@@ -258,7 +258,7 @@ def draw_views(path: str | Path, images: ImageSet, views: Views, seed: int, rows
             for axis, (name, spec), own, view, colour in zip(axes[1:], specs.items(), numbers, made, COLOURS, strict=False):
                 left, top, right, bottom = choose(spec, image.size, own).box
                 axes[0].add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, color=colour))
-                axis.imshow(view[0].permute(1, 2, 0))
+                axis.imshow(view[0].permute(1, 2, 0).numpy())
                 axis.set_title(name, fontsize=9, color=colour)
             for axis in axes:
                 axis.set_axis_off()

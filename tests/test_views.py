@@ -152,15 +152,24 @@ def draw_choices(view: View, size: tuple[int, int], count: int) -> list[views.Ch
     return [choose(view, size, draws.views(1, index, 1)[0]) for index in range(count)]
 
 
+DINO = (3 / 4, 4 / 3)
+
+
 @pytest.mark.parametrize(
-    ("size", "scale"), [((64, 64), (0.14, 1.0)), ((500, 375), (0.05, 0.4)), ((90, 400), (0.3, 1.0)), ((30, 300), (0.5, 1.0))]
+    ("size", "scale", "ratio"),
+    [
+        ((64, 64), (0.14, 1.0), DINO),
+        ((500, 375), (0.05, 0.4), (1.0, 3.0)),
+        ((90, 400), (0.3, 1.0), DINO),
+        ((30, 300), (0.5, 1.0), DINO),
+    ],
 )
-def test_crops_are_distributed_as_torchvision_s(size, scale):
+def test_crops_are_distributed_as_torchvision_s(size, scale, ratio):
     count = 4000
     torch.manual_seed(0)
     image = Image.new("RGB", size)
-    theirs = np.array([RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(count)], float)
-    boxes = np.array([choices.box for choices in draw_choices(View(scale=scale), size, count)], float)
+    theirs = np.array([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(count)], float)
+    boxes = np.array([choices.box for choices in draw_choices(View(scale=scale, ratio=ratio), size, count)], float)
     left, top, right, bottom = boxes.T
     assert left.min() >= 0 and top.min() >= 0 and right.max() <= size[0] and bottom.max() <= size[1]
     ours = np.stack([top, left, bottom - top, right - left], axis=1)
@@ -173,6 +182,12 @@ def test_crops_are_distributed_as_torchvision_s(size, scale):
         "ratio": lambda p: p[:, 3] / p[:, 2],
     }.items():
         assert stats.ks_2samp(function(ours), function(theirs)).pvalue > 1e-3, name
+
+
+def test_crops_reach_every_border():
+    low, high = ([number] * views.NUMBERS for number in (0.0, 1 - 2**-53))
+    assert choose(View(scale=(0.2, 0.2)), (60, 50), low).box[:2] == (0, 0)
+    assert choose(View(scale=(0.2, 0.2)), (60, 50), high).box[2:] == (60, 50)
 
 
 def test_a_crop_that_never_fits_is_the_central_one():
@@ -250,6 +265,22 @@ def test_a_view_depends_on_seed_epoch_image_and_number_only(monkeypatch):
     assert not torch.equal(make_views(images, keys, settings, Draws(1))[0], together[0])
     a, b = together[1]
     assert not torch.equal(a, b)  # two local views
+
+
+def test_every_number_decides_one_thing():
+    view = View(scale=(0.2, 0.5), blur=0.5, solarize=0.5, flip=0.5, jitter=0.5, grayscale=0.5)
+    numbers = [0.25] * views.NUMBERS
+    plain = choose(view, (64, 64), numbers)
+    plain = [*plain.box, plain.flip, plain.order, *plain.factors, plain.grayscale, plain.blur, plain.solarize]
+    decides = []
+    for place in range(views.NUMBERS):
+        changed = choose(view, (64, 64), [*numbers[:place], 0.75, *numbers[place + 1 :]])
+        changed = [*changed.box, changed.flip, changed.order, *changed.factors, changed.grayscale, changed.blur, changed.solarize]
+        decides.append(tuple(i for i, (a, b) in enumerate(zip(plain, changed, strict=True)) if a != b))
+    tries, rest = decides[: 2 * views.TRIES], decides[2 * views.TRIES :]
+    assert tries[:2] == [(0, 1, 2, 3)] * 2 and set(tries[2:]) == {()}  # the first try fits
+    # top, left, flip, jitter or not, its order, four factors, grayscale, blur or not, its radius, solarize
+    assert rest == [(1, 3), (0, 2), (4,), (5,), (5,), (6,), (7,), (8,), (9,), (10,), (11,), (11,), (12,), (), (), ()]
 
 
 def test_one_setting_leaves_the_other_choices_alone():
