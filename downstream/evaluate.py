@@ -81,7 +81,7 @@ def evaluate(task: Task[P], request: Request) -> Record | None:
     protocol = protocol.for_smoke() if request.smoke else protocol
     how = pass_of(request)
     train, val = (open_split(request, split) for split in SPLITS)
-    val_labels = _labels_as_in(train, val)
+    _require_labels(train, val)
     checkpoint = open_checkpoint(request.checkpoint, allow_partial=request.allow_partial, image_size=protocol.image_size)
     transform = evaluation_transform(checkpoint, protocol)
     folder = output_folder(request, task.name, name, protocol, checkpoint)
@@ -95,8 +95,8 @@ def evaluate(task: Task[P], request: Request) -> Record | None:
     encoder, kinds = checkpoint.encoder, (protocol.feature,)
     found = [extract(encoder, checkpoint.sha256, images, transform, kinds, how) for images in (train, val)]
     bank, asked = (
-        Split(features.arrays[protocol.feature], labels[features.kept], train.classes)
-        for features, labels in zip(found, (train.labels, val_labels), strict=True)
+        Split(features.arrays[protocol.feature], images.labels[features.kept], images.classes)
+        for features, images in zip(found, (train, val), strict=True)
     )
     outcome = task.evaluate(protocol, bank, asked, how.device)
     predictions = {metric: result.predicted for metric, result in outcome.metrics.items()}
@@ -191,19 +191,15 @@ def open_split(request: Request, split: SplitName) -> ImageSet:
     return take(images, "images", SMOKE_BATCHES * (request.batch_size or BATCH)) if request.smoke else images
 
 
-def _labels_as_in(train: ImageSet, val: ImageSet) -> NDArray[np.int64]:
-    """The val labels as indices of the train split's classes; raises ``UserError`` for what cannot be evaluated."""
+def _require_labels(train: ImageSet, val: ImageSet) -> None:
+    """Raise ``UserError`` unless all images are labelled, with the same classes in both splits and two of them at least."""
     for images in (train, val):
         require_classes(images)
         if unlabelled := int((images.labels < 0).sum()):
             raise UserError(f"{images.source}: {unlabelled} images of {images.split} have no label; remove or label them")
-    if val.classes == train.classes:
-        return val.labels
-    unknown = sorted({val.classes[label] for label in np.unique(val.labels)} - set(train.classes))
-    if unknown:
-        raise UserError(f"{val.source}: class '{unknown[0]}' of val has no images in train ({len(unknown)} such classes)")
-    place = {name: index for index, name in enumerate(train.classes)}
-    return np.array([place.get(name, -1) for name in val.classes])[val.labels]
+    if train.classes != val.classes:
+        strange = sorted(set(train.classes) ^ set(val.classes)) or ["their order"]
+        raise UserError(f"{val.source}: train and val do not list the same classes ({', '.join(strange[:3])})")
 
 
 def evaluation_transform(checkpoint: Checkpoint, protocol: ImageProtocol) -> EvaluationTransform:

@@ -44,8 +44,8 @@ def plan(
         "feature_steps": math.ceil((images - done) / how.batch_size),
         "feature_images_cached": done,
         "feature_bytes": images * width * (4 if how.precision == torch.float32 else 2),
-        "feature_seconds": round((images - done) * per_image, 1),
-        "task_seconds": round(estimate.seconds, 1),
+        "feature_seconds": round((images - done) * per_image, 2),
+        "task_seconds": round(estimate.seconds, 2),
         "task_memory_bytes": estimate.memory_bytes,
     }
 

@@ -59,7 +59,7 @@ class Split(NamedTuple):
     labels: NDArray[np.int64]
     """``n``, indices of ``classes``."""
     classes: tuple[str, ...]
-    """The train split's, also for val."""
+    """The same for train and val."""
 
 
 class Predictions(NamedTuple):
