@@ -1,24 +1,30 @@
 """The embedded data: textured things on textured grounds, drawn from (seed, split, index) by code alone.
 
-A class is a silhouette with a surface pattern. Everything else is nuisance: colours, place, size, rotation, light, shadow,
-ground, clutter. Masks come from the drawing itself, so they are exact.
+A class is a silhouette with a surface pattern. Everything else is nuisance: colours, which of the two colours is the
+lighter, place, size, tilt, phase and scale of the pattern, ground, clutter, coloured and slanting light, noise. Masks come
+from the drawing itself, so they are exact. What the classes cost pixels, networks and random encoders is measured by
+``benchmarks/scenes_difficulty.py``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Masks = NDArray[np.bool_]
 
-VERSION = 1
+VERSION = 2
 """Changes whenever a drawing changes: part of every cache key and fingerprint."""
 SPLITS = ("train", "val")
+TILT = 0.4
+"""Things stand upright, give or take so many radians."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One class: its silhouette and surface pattern (names of ``SHAPES`` and ``PATTERNS``)."""
+    """One class: its silhouette and surface pattern (names in ``SHAPES`` and ``PATTERNS``)."""
 
     shape: str
     pattern: str
@@ -30,138 +36,20 @@ class Kind:
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn object: ``label`` indexes ``KINDS``; ``mask`` (h w) is what can be seen of it."""
+    """One drawn thing: ``label`` indexes ``KINDS``; ``mask`` (h w) is what can be seen of it."""
 
     label: int
-    mask: NDArray[np.bool_]
+    mask: Masks
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """``image`` (h w 3) uint8 and the things in it, from back to front."""
+    """``image`` (h w 3) uint8, its things from back to front, and ``clutter`` (h w), where blobs that are no things show."""
 
     image: NDArray[np.uint8]
     things: tuple[Thing, ...]
+    clutter: Masks
 
-
-# --- silhouettes: signed distance from the outline in units of the radius, negative inside -------------------------
-
-
-def _disc(u: Floats, v: Floats) -> Floats:
-    return np.hypot(u, v) - np.float32(0.95)
-
-
-def _ring(u: Floats, v: Floats) -> Floats:
-    return np.abs(np.hypot(u, v) - np.float32(0.68)) - np.float32(0.32)
-
-
-def _square(u: Floats, v: Floats) -> Floats:
-    return np.maximum(np.abs(u), np.abs(v)) - np.float32(0.8)
-
-
-def _bar(u: Floats, v: Floats) -> Floats:
-    return np.hypot(np.maximum(np.abs(u) - np.float32(0.7), 0), v) - np.float32(0.42)
-
-
-def _cross(u: Floats, v: Floats) -> Floats:
-    a, b = np.abs(u), np.abs(v)
-    return np.maximum(np.maximum(a, b) - np.float32(1.0), np.minimum(a, b) - np.float32(0.38))
-
-
-def _polygon(u: Floats, v: Floats, corners: int, radius: float) -> Floats:
-    angles = np.arange(corners) * (2 * np.pi / corners)
-    normals = np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
-    sides = normals[0, :, None, None] * u + normals[1, :, None, None] * v
-    return sides.max(axis=0) - np.float32(radius)
-
-
-def _triangle(u: Floats, v: Floats) -> Floats:
-    return _polygon(u, v, 3, 0.55)
-
-
-def _star(u: Floats, v: Floats) -> Floats:
-    """Five points: the reflected sector's straight edge."""
-    sector = np.float32(2 * np.pi / 5)
-    angle = np.abs(np.mod(np.arctan2(v, u), sector) - sector / 2)  # 0 between two points, sector / 2 on a point
-    r = np.hypot(u, v)
-    x, y = r * np.cos(angle), r * np.sin(angle)
-    inner, tip = 0.48, np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)]) * 1.08
-    edge = tip - (inner, 0.0)
-    length = np.hypot(*edge)
-    return ((x - np.float32(inner)) * np.float32(edge[1]) - y * np.float32(edge[0])) / np.float32(length)
-
-
-def _crescent(u: Floats, v: Floats) -> Floats:
-    return np.maximum(np.hypot(u, v) - np.float32(1.0), np.float32(0.72) - np.hypot(u - np.float32(0.55), v))
-
-
-def _clover(u: Floats, v: Floats) -> Floats:
-    """Three lobes."""
-    return np.hypot(u, v) * np.float32(0.9) - np.float32(0.62) - np.float32(0.28) * np.cos(3 * np.arctan2(v, u))
-
-
-def _half(u: Floats, v: Floats) -> Floats:
-    return np.maximum(np.hypot(u, v) - np.float32(1.05), -v - np.float32(0.05)) 
-
-
-SHAPES = {
-    "disc": _disc, "ring": _ring, "square": _square, "bar": _bar, "cross": _cross,
-    "triangle": _triangle, "star": _star, "crescent": _crescent, "clover": _clover, "half": _half,
-}  # fmt: skip
-
-
-# --- surface patterns: a field whose sign chooses between two colours; w is 2 pi times cycles per radius -----------
-
-
-def _triangle_wave(x: Floats) -> Floats:
-    return np.abs(np.mod(x, np.float32(2 * np.pi)) - np.float32(np.pi)) - np.float32(np.pi / 2)
-
-
-def _stripes(u: Floats, v: Floats) -> Floats:
-    return np.sin(u)
-
-
-def _dots(u: Floats, v: Floats) -> Floats:
-    return np.cos(u) + np.cos(v) - np.float32(0.45)
-
-
-def _checks(u: Floats, v: Floats) -> Floats:
-    return 2 * np.sin(np.float32(0.8) * u) * np.sin(np.float32(0.8) * v)
-
-
-def _rings(u: Floats, v: Floats) -> Floats:
-    return np.sin(np.hypot(u, v))
-
-
-def _waves(u: Floats, v: Floats) -> Floats:
-    return np.sin(u + np.float32(1.6) * np.sin(np.float32(0.7) * v))
-
-
-def _zigzag(u: Floats, v: Floats) -> Floats:
-    return np.sin(u + 2 * _triangle_wave(np.float32(0.6) * v))
-
-
-def _lattice(u: Floats, v: Floats) -> Floats:
-    return np.maximum(np.cos(u), np.cos(v)) - np.float32(0.6)
-
-
-def _spokes(u: Floats, v: Floats) -> Floats:
-    return np.sin(9 * np.arctan2(v, u))
-
-
-def _bricks(u: Floats, v: Floats) -> Floats:
-    row = np.floor(v / np.float32(np.pi))
-    return np.maximum(np.cos(u / 2 + row * np.float32(np.pi / 2)) ** 32, np.cos(v - np.float32(np.pi)) ** 8 * 0 + np.abs(np.cos(v)) ** 8) - np.float32(0.4)
-
-
-def _spiral(u: Floats, v: Floats) -> Floats:
-    return np.sin(np.hypot(u, v) + 3 * np.arctan2(v, u))
-
-
-PATTERNS = {
-    "striped": _stripes, "dotted": _dots, "checked": _checks, "ringed": _rings, "wavy": _waves,
-    "zigzag": _zigzag, "latticed": _lattice, "spoked": _spokes, "bricked": _bricks, "spiral": _spiral,
-}  # fmt: skip
 
 KINDS = (
     Kind("disc", "dotted"),
@@ -173,32 +61,115 @@ KINDS = (
     Kind("star", "wavy"),
     Kind("crescent", "spiral"),
     Kind("clover", "spoked"),
-    Kind("half", "bricked"),
+    Kind("dome", "bricked"),
 )
 CLASSES = tuple(kind.name for kind in KINDS)
 
 
 def draw(seed: int, split: str, index: int, size: int = 64) -> Drawing:
-    """Image ``index`` of ``split``: one large thing of class ``index % 10``. The same arguments give the same drawing."""
-    rng = np.random.default_rng((seed, SPLITS.index(split), index))
-    x, y = _grid(size, size)
-    canvas = _ground(rng, x, y)
-    for _ in range(rng.integers(2, 6)):
-        _clutter(rng, canvas, x, y)
-    label = index % len(KINDS)
-    radius = rng.uniform(0.30, 0.46)
-    room = max(0.0, 0.5 - 0.75 * radius)
-    centre = 0.5 + rng.uniform(-room, room, 2)
-    mask = _paint(rng, canvas, x, y, KINDS[label], radius, centre)
-    _light(rng, canvas, x, y)
-    return Drawing(_finish(rng, canvas), (Thing(label, mask),))
+    """Image ``index`` of ``split``, ``size`` x ``size``: one large thing, of class ``index % 10``.
+
+    The same arguments give the same drawing, up to the rounding of the machine's sines.
+    """
+    rng = _generator(seed, split, index, 0)
+    canvas = _Canvas(rng, size, size)
+    canvas.scatter_clutter(rng, int(rng.integers(0, 5)), 0.12)
+    radius = rng.uniform(0.34, 0.48)
+    place = 0.5 + rng.uniform(-1, 1, 2) * (0.5 - 0.6 * radius)
+    canvas.paint(rng, index % len(KINDS), radius, place)
+    return canvas.finish(rng)
 
 
-def _grid(height: int, width: int) -> tuple[Floats, Floats]:
-    """Pixel centres in units of the shorter side."""
-    unit = min(height, width)
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    return (x + np.float32(0.5)) / unit, (y + np.float32(0.5)) / unit
+def draw_many(seed: int, split: str, index: int, height: int, width: int, most: int = 6) -> Drawing:
+    """Image ``index`` of ``split`` with one to ``most`` smaller things, which may hide parts of each other.
+
+    A thing of which less than a quarter can be seen is left out: its pixels are then clutter.
+    """
+    rng = _generator(seed, split, index, 1)
+    canvas = _Canvas(rng, height, width)
+    canvas.scatter_clutter(rng, int(rng.integers(2, 8)), 0.06)
+    for _ in range(rng.integers(1, most + 1)):
+        place = rng.uniform(0.1, 0.9, 2) * (width, height) / min(height, width)
+        canvas.paint(rng, int(rng.integers(len(KINDS))), rng.uniform(0.14, 0.32), place)
+    return canvas.finish(rng, least_seen=0.25)
+
+
+def _generator(seed: int, split: str, index: int, manner: int) -> np.random.Generator:
+    return np.random.default_rng((seed, SPLITS.index(split), index, manner))
+
+
+class _Canvas:
+    """An image in the making; places and radii are in units of its shorter side."""
+
+    def __init__(self, rng: np.random.Generator, height: int, width: int):
+        self.unit = min(height, width)
+        y, x = np.mgrid[:height, :width].astype(np.float32)
+        self.x, self.y = (x + np.float32(0.5)) / self.unit, (y + np.float32(0.5)) / self.unit
+        dark, light = _two_colours(rng, rng.uniform(0.05, 0.35))
+        waves = np.sum([self.ripples(rng, *rng.uniform(3, 40, 2)) for _ in range(3)], axis=0)
+        share = np.clip(waves * np.float32(0.35) + np.float32(0.5), 0, 1)
+        self.pixels: Floats = dark + (light - dark) * share[..., None]
+        self.clutter = np.zeros((height, width), np.bool_)
+        self.things: list[tuple[Thing, int]] = []  # with the pixels it would show if nothing hid it
+
+    def ripples(self, rng: np.random.Generator, frequency: float, bending: float) -> Floats:
+        """Bent waves in -1..1; frequencies in radians per unit."""
+        u, _ = _turned(self.x, self.y, rng.uniform(0, 2 * np.pi), frequency)
+        v, _ = _turned(self.x, self.y, rng.uniform(0, 2 * np.pi), 0.3 * bending)
+        return np.sin(u + np.float32(rng.uniform(0, 2 * np.pi)) + np.sin(v + np.float32(rng.uniform(0, 2 * np.pi))))
+
+    def scatter_clutter(self, rng: np.random.Generator, count: int, largest: float) -> None:
+        """Blobs of one colour each."""
+        for _ in range(count):
+            cx, cy = rng.uniform(0, 1, 2) * (self.x.shape[1], self.x.shape[0]) / self.unit
+            radius, squeeze = rng.uniform(0.25 * largest, largest), rng.uniform(0.4, 1)
+            u, v = _turned(self.x - np.float32(cx), self.y - np.float32(cy), rng.uniform(0, np.pi), 1 / radius)
+            distance = np.hypot(u, v / np.float32(squeeze)) - 1
+            self.blend(_two_colours(rng, 0.3)[0], distance * np.float32(radius * squeeze))
+            self.clutter |= distance < 0
+
+    def paint(self, rng: np.random.Generator, label: int, radius: float, place: NDArray[np.float64]) -> None:
+        """One thing of class ``label`` in front of all that is there."""
+        kind = KINDS[label]
+        u, v = _turned(self.x - np.float32(place[0]), self.y - np.float32(place[1]), rng.uniform(-TILT, TILT), 1 / radius)
+        v = v * np.float32(rng.uniform(0.85, 1.18))
+        frequency = 2 * np.pi * rng.uniform(2, 3)  # radians per radius
+        p, q = u * np.float32(frequency), v * np.float32(frequency)
+        if kind.pattern not in CENTRED:
+            p, q = p + np.float32(rng.uniform(0, 2 * np.pi)), q + np.float32(rng.uniform(0, 2 * np.pi))
+        field = PATTERNS[kind.pattern](p, q) * np.float32(radius * self.unit / frequency)
+        one, other = _two_colours(rng, rng.uniform(0.5, 0.85))
+        surface = one + (other - one) * np.clip(field + np.float32(0.5), 0, 1)[..., None]
+        distance = SHAPES[kind.shape](u, v) * np.float32(radius)
+        self.blend(surface, distance)
+        mask = distance < 0
+        for thing, _ in self.things:
+            thing.mask[mask] = False
+        self.clutter &= ~mask
+        self.things.append((Thing(label, mask), int(mask.sum())))
+
+    def blend(self, colour: Floats, distance: Floats) -> None:
+        """Lay ``colour`` where ``distance`` (in units of the shorter side) is negative, with a soft edge of one pixel."""
+        cover = np.clip(np.float32(0.5) - distance * np.float32(self.unit), 0, 1)[..., None]
+        self.pixels += (colour - self.pixels) * cover
+
+    def finish(self, rng: np.random.Generator, least_seen: float = 0.0) -> Drawing:
+        """Light from one side, patches of coloured light, noise; then bytes."""
+        slope, _ = _turned(self.x - np.float32(0.5), self.y - np.float32(0.5), rng.uniform(0, 2 * np.pi))
+        self.pixels *= (1 + np.float32(rng.uniform(0, 0.5)) * slope)[..., None]
+        for axis in _CHROMA:
+            self.pixels += self.ripples(rng, *rng.uniform(4, 8, 2))[..., None] * (axis * np.float32(COLOURED_LIGHT))
+        self.pixels += rng.standard_normal(self.pixels.shape, np.float32) * np.float32(rng.uniform(0, 0.04))
+        for thing, whole in self.things:
+            if thing.mask.sum() < least_seen * whole:
+                self.clutter |= thing.mask
+        things = tuple(thing for thing, whole in self.things if thing.mask.any() and thing.mask.sum() >= least_seen * whole)
+        return Drawing((np.clip(self.pixels, 0, 1) * 255 + np.float32(0.5)).astype(np.uint8), things, self.clutter)
+
+
+COLOURED_LIGHT = 0.18
+_CHROMA = np.array([(0.7, -0.3, -0.2), (-0.35, 0.3, -0.75)], np.float32)
+"""Two directions of colour that leave the luminance (nearly) as it is."""
 
 
 def _turned(x: Floats, y: Floats, angle: float, scale: float = 1.0) -> tuple[Floats, Floats]:
@@ -206,66 +177,126 @@ def _turned(x: Floats, y: Floats, angle: float, scale: float = 1.0) -> tuple[Flo
     return c * x + s * y, c * y - s * x
 
 
-def _colours(rng: np.random.Generator, contrast: float) -> Floats:
-    """Two colours (2, 3) in 0..1 that differ in luminance by about ``contrast``."""
-    middle = rng.uniform(contrast / 2 + 0.05, 0.95 - contrast / 2)
-    half = contrast / 2 * rng.choice((-1, 1))
-    tint = rng.uniform(-1, 1, (2, 3))
-    tint -= tint.mean(axis=1, keepdims=True)
-    return np.clip(np.array([[middle - half], [middle + half]]) + 0.22 * tint, 0, 1).astype(np.float32)
+def _two_colours(rng: np.random.Generator, contrast: float) -> tuple[Floats, Floats]:
+    """Two colours in 0..1, ``contrast`` apart in luminance, the first as often the darker as the lighter.
+
+    Their middle stays near grey: overall brightness is the first thing that encoders tell images apart by.
+    """
+    middle, half = rng.uniform(0.4, 0.6), contrast / 2 * rng.choice((-1, 1))
+    tints = rng.uniform(-0.12, 0.12, (2, 3))
+    tints -= tints.mean(axis=1, keepdims=True)
+    one, other = np.clip(np.array([[middle - half], [middle + half]]) + tints, 0, 1).astype(np.float32)
+    return one, other
 
 
-def _ground(rng: np.random.Generator, x: Floats, y: Floats) -> Floats:
-    """A ground of drifting waves and a gradient (h w 3)."""
-    a, b = _colours(rng, rng.uniform(0.05, 0.3))
-    field = np.zeros_like(x)
-    for frequency in rng.uniform(3, 40, 4):
-        u, _ = _turned(x, y, rng.uniform(0, np.pi), frequency)
-        _, v = _turned(x, y, rng.uniform(0, np.pi), frequency * 0.3)
-        field += np.sin(u + np.float32(rng.uniform(0, 6.3)) + np.float32(rng.uniform(0, 2)) * np.sin(v))
-    share = np.clip(field * np.float32(0.3) + np.float32(0.5), 0, 1)[..., None]
-    return a + (b - a) * share
+# --- silhouettes: distance from the outline in radii, negative inside; v points down --------------------------------
 
 
-def _clutter(rng: np.random.Generator, canvas: Floats, x: Floats, y: Floats) -> None:
-    """A small one-coloured blob."""
-    cx, cy = rng.uniform(0, 1, 2)
-    u, v = _turned(x - np.float32(cx), y - np.float32(cy), rng.uniform(0, np.pi), 1 / rng.uniform(0.03, 0.12))
-    distance = np.hypot(u, v * np.float32(rng.uniform(0.4, 1.0))) - 1
-    _blend(canvas, _colours(rng, 0.3)[0], np.clip(0.5 - distance * 4, 0, 1))
+def _disc(u: Floats, v: Floats) -> Floats:
+    return np.hypot(u, v) - np.float32(0.95)
 
 
-def _paint(
-    rng: np.random.Generator, canvas: Floats, x: Floats, y: Floats, kind: Kind, radius: float, centre: NDArray[np.float64]
-) -> NDArray[np.bool_]:
-    """Draw one thing on ``canvas`` in place; ``radius`` and ``centre`` in units of the shorter side. Returns its mask."""
-    unit = min(x.shape)
-    u, v = _turned(x - np.float32(centre[0]), y - np.float32(centre[1]), rng.uniform(0, 2 * np.pi), 1 / radius)
-    v = v * np.float32(rng.uniform(0.85, 1.18))
-    distance = SHAPES[kind.shape](u, v)
-    frequency = 2 * np.pi * rng.uniform(2.0, 3.0)
-    p, q = _turned(u, v, rng.uniform(0, 2 * np.pi), frequency)
-    if kind.pattern not in ("ringed", "spoked", "spiral"):
-        p, q = p + np.float32(rng.uniform(0, 6.3)), q + np.float32(rng.uniform(0, 6.3))
-    field = PATTERNS[kind.pattern](p, q)
-    sharp = np.clip(field * np.float32(radius * unit / frequency) + np.float32(0.5), 0, 1)[..., None]
-    a, b = _colours(rng, rng.uniform(0.45, 0.7))
-    surface = a + (b - a) * sharp
-    alpha = np.clip(np.float32(0.5) - distance * np.float32(radius * unit), 0, 1)
-    _blend(canvas, surface, alpha)
-    return distance <= 0
+def _ring(u: Floats, v: Floats) -> Floats:
+    return np.abs(np.hypot(u, v) - np.float32(0.66)) - np.float32(0.34)
 
 
-def _light(rng: np.random.Generator, canvas: Floats, x: Floats, y: Floats) -> None:
-    """Light falls from one side and leaves a soft shadow on the other."""
-    u, _ = _turned(x - 0.5, y - 0.5, rng.uniform(0, 2 * np.pi))
-    canvas *= (1 + np.float32(rng.uniform(0.0, 0.6)) * u)[..., None]
+def _square(u: Floats, v: Floats) -> Floats:
+    return np.maximum(np.abs(u), np.abs(v)) - np.float32(0.82)
 
 
-def _blend(canvas: Floats, colour: Floats, alpha: Floats) -> None:
-    canvas += (colour - canvas) * alpha[..., None]
+def _bar(u: Floats, v: Floats) -> Floats:
+    return np.hypot(u, np.maximum(np.abs(v) - np.float32(0.6), 0)) - np.float32(0.5)
 
 
-def _finish(rng: np.random.Generator, canvas: Floats) -> NDArray[np.uint8]:
-    noise = rng.standard_normal(canvas.shape, dtype=np.float32) * np.float32(rng.uniform(0.0, 0.04))
-    return (np.clip(canvas + noise, 0, 1) * 255 + np.float32(0.5)).astype(np.uint8)
+def _cross(u: Floats, v: Floats) -> Floats:
+    longer, shorter = np.maximum(np.abs(u), np.abs(v)), np.minimum(np.abs(u), np.abs(v))
+    return np.maximum(longer - np.float32(1.0), shorter - np.float32(0.42))
+
+
+def _triangle(u: Floats, v: Floats) -> Floats:
+    """Point upwards."""
+    return np.maximum(v - np.float32(0.55), np.abs(u) * np.float32(0.866) - v * np.float32(0.5) - np.float32(0.55))
+
+
+def _star(u: Floats, v: Floats) -> Floats:
+    """Five points, one upwards: the distance from the one edge that all ten are turned onto."""
+    sector = 2 * np.pi / 5
+    turn, r = np.arctan2(u, -v), np.hypot(u, v)
+    angle = np.abs(turn - np.float32(sector) * np.floor(turn / np.float32(sector)) - np.float32(sector / 2))  # 0 in a notch
+    notch, tip = 0.52, 1.1 * np.array([np.cos(sector / 2), np.sin(sector / 2)])
+    along = (tip - (notch, 0)) / np.hypot(*(tip - (notch, 0)))
+    return (r * np.cos(angle) - np.float32(notch)) * np.float32(along[1]) - r * np.sin(angle) * np.float32(along[0])
+
+
+def _crescent(u: Floats, v: Floats) -> Floats:
+    return np.maximum(np.hypot(u, v) - np.float32(1.0), np.float32(0.68) - np.hypot(u - np.float32(0.55), v))
+
+
+def _clover(u: Floats, v: Floats) -> Floats:
+    """Three leaves."""
+    return np.hypot(u, v) - np.float32(0.7) - np.float32(0.3) * np.cos(3 * np.arctan2(u, -v))
+
+
+def _dome(u: Floats, v: Floats) -> Floats:
+    below = v - np.float32(0.5)
+    return np.maximum(np.hypot(u, below) - np.float32(1.05), below)
+
+
+SHAPES: dict[str, Callable[[Floats, Floats], Floats]] = {
+    "disc": _disc, "ring": _ring, "square": _square, "bar": _bar, "cross": _cross,
+    "triangle": _triangle, "star": _star, "crescent": _crescent, "clover": _clover, "dome": _dome,
+}  # fmt: skip
+
+
+# --- surface patterns: a field in radians of phase whose sign chooses between the two colours ------------------------
+
+
+def _dotted(p: Floats, q: Floats) -> Floats:
+    return np.cos(p) + np.cos(q) - np.float32(0.4)
+
+
+def _striped(p: Floats, q: Floats) -> Floats:
+    return np.sin(p)
+
+
+def _ringed(p: Floats, q: Floats) -> Floats:
+    return np.sin(np.hypot(p, q))
+
+
+def _zigzag(p: Floats, q: Floats) -> Floats:
+    return np.sin(q + 2 * np.abs(np.mod(np.float32(0.6) * p, np.float32(2 * np.pi)) - np.float32(np.pi)))
+
+
+def _checked(p: Floats, q: Floats) -> Floats:
+    return 2 * np.sin(np.float32(0.8) * p) * np.sin(np.float32(0.8) * q)
+
+
+def _latticed(p: Floats, q: Floats) -> Floats:
+    """Lines that cross on the diagonals."""
+    return np.maximum(np.cos((p + q) * np.float32(0.7)), np.cos((p - q) * np.float32(0.7))) - np.float32(0.65)
+
+
+def _wavy(p: Floats, q: Floats) -> Floats:
+    return np.sin(q + np.float32(1.6) * np.sin(np.float32(0.7) * p))
+
+
+def _spiral(p: Floats, q: Floats) -> Floats:
+    return np.sin(np.float32(0.8) * np.hypot(p, q) + 3 * np.arctan2(q, p))
+
+
+def _spoked(p: Floats, q: Floats) -> Floats:
+    return 2 * np.sin(9 * np.arctan2(q, p))
+
+
+def _bricked(p: Floats, q: Floats) -> Floats:
+    """Courses of half a period, every second shifted by half a brick, with joints between."""
+    course = np.float32(np.pi / 2) * np.floor(q / np.float32(np.pi))
+    return np.maximum(np.abs(np.cos(p / 2 + course)) - np.float32(0.92), np.abs(np.cos(q)) - np.float32(0.85)) * 4
+
+
+PATTERNS: dict[str, Callable[[Floats, Floats], Floats]] = {
+    "dotted": _dotted, "striped": _striped, "ringed": _ringed, "zigzag": _zigzag, "checked": _checked,
+    "latticed": _latticed, "wavy": _wavy, "spiral": _spiral, "spoked": _spoked, "bricked": _bricked,
+}  # fmt: skip
+CENTRED = frozenset(("ringed", "spiral", "spoked"))
+"""Patterns around the thing's middle; the others start at any phase."""

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -56,8 +55,8 @@ def open_scenes(source: Source, split: Split) -> ImageSet:
 
 def _draw_all(path: Path, seed: int, split: Split, count: int, size: int) -> None:
     log(f"drawing {count} {split} scenes of {size} x {size} pixels (once; kept in {path.parent})")
-    with atomic(path) as temporary:
-        pixels = open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(count, size, size, 3))
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
+    with atomic(path) as temporary, open(temporary, "wb") as file:  # not a memory map: on a full disk that would be a SIGBUS
+        np.lib.format.write_array_header_1_0(file, header)
         for index in range(count):
-            pixels[index] = draw(seed, split, index, size).image
-        pixels.flush()
+            file.write(draw(seed, split, index, size).image.tobytes())

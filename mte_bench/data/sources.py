@@ -179,6 +179,22 @@ def open_source(spec: str, split: Split) -> ImageSet:
     return images
 
 
+def describe(spec: str, split: Split) -> dict[str, Any]:
+    """What there is in one split: images, class names, smallest and largest class, fingerprint, the first image."""
+    images = open_source(spec, split)
+    counts = np.bincount(images.labels[images.labels >= 0], minlength=len(images.classes))
+    return {
+        "split": split,
+        "images": len(images),
+        "classes": list(images.classes),
+        "per class": f"{counts.min()} to {counts.max()}" if len(counts) else None,
+        "fingerprint": images.fingerprint,
+        "subset": images.subset,
+        "first": images.name(0),
+        "pixels": "{} x {}".format(*images.image(0).size),
+    }
+
+
 def require_classes(images: ImageSet) -> None:
     """Raise ``UserError`` unless ``images`` has labels of at least two classes, as a labelled evaluation needs."""
     found = np.unique(images.labels[images.labels >= 0])
