@@ -146,10 +146,9 @@ def _inat(root: Path, plan: Plan) -> None:
             _save(drawing, root / name)
             images.append({"id": number, "file_name": name, **_extent(drawing), "license": 1, "rights_holder": "none"})
             annotations.append({"id": number, "image_id": number, "category_id": label})
-        write_json(
-            root / f"{split}2018.json", {**_head(2018), "images": images, "categories": categories, "annotations": annotations}
-        )
-    write_json(root / "categories.json", categories)
+        content = {**_head(2018), "images": images, "categories": categories, "annotations": annotations}
+        _write_listing(root / f"{split}2018.json", content)
+    _write_listing(root / "categories.json", categories)
 
 
 # --- COCO 2017 ------------------------------------------------------------------------------------------------------
