@@ -44,18 +44,24 @@ def plan(
         "feature_steps": math.ceil((images - done) / how.batch_size),
         "feature_images_cached": done,
         "feature_bytes": images * width * (4 if how.precision == torch.float32 else 2),
-        "feature_seconds": round((images - done) * per_image, 2),
-        "task_seconds": round(estimate.seconds, 2),
+        "feature_seconds": _short((images - done) * per_image),
+        "task_seconds": _short(estimate.seconds),
         "task_memory_bytes": estimate.memory_bytes,
     }
 
 
 def seconds_of(function: Callable[[], Any]) -> float:
-    """Of one call, the second one."""
-    function()
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+    """Of one call: the fastest of three, after one that warms up."""
+    taken = []
+    for _ in range(4):
+        began = time.perf_counter()
+        function()
+        taken.append(time.perf_counter() - began)
+    return min(taken[1:])
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 def show_plan(plan: dict[str, Any], as_json: bool) -> None:
