@@ -1,5 +1,6 @@
 """What all tests share: the real images in ``.data/``, and a cache that is the test's own."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from mte_bench import cli
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the tests run side by side, and are small
 DATA = Path(__file__).resolve().parent.parent / ".data"
 
 
