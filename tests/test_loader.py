@@ -28,9 +28,6 @@ class Pictures(ImageSet):
     def name(self, index: int) -> str:
         return f"{index}.jpg"
 
-    def name(self, index: int) -> str:
-        return f"{index}.jpg"
-
     def image(self, index: int) -> Image.Image:
         if index in self.broken:
             raise CorruptImage(f"/somewhere/{index}.jpg", "truncated")

@@ -313,9 +313,12 @@ class Pictures(ImageSet):
         self.source, self.split, self.classes = "pictures", "train", ()
         self.labels = np.full(count, -1)
 
+    def name(self, index: int) -> str:
+        return f"{index}.jpg"
+
     def image(self, index: int) -> Image.Image:
         if index == 0 and len(self) > 1:
-            raise CorruptImage("0.jpg", "truncated")
+            raise CorruptImage("/somewhere/0.jpg", "truncated")
         return to_pil(some_planes(1, 40, 60, seed=index))[0]
 
 
