@@ -34,7 +34,11 @@ class Branch(nn.Module):
     def __init__(self, recipe: "Recipe", method: "Method", student: bool):
         super().__init__()
         spec = EncoderSpec(
-            arch=recipe.arch, image_size=recipe.image_size, patch_size=recipe.patch_size, options=recipe.arch_options
+            arch=recipe.arch,
+            image_size=recipe.image_size,
+            patch_size=recipe.patch_size,
+            options=recipe.arch_options,
+            init=recipe.init,
         )
         self.encoder = build_encoder(spec, recipe.drop_path if student else 0.0)
         method.init_encoder(self.encoder)

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from mte_bench.encoders.encoder import Init
 from mte_bench.encoders.tokens import AuxiliarySettings
 from mte_bench.errors import UserError, did_you_mean
 from mte_bench.settings import Settings, load_yaml, merge, override
@@ -101,6 +102,8 @@ class Recipe(Settings):
     patch_size: int | None = None
     arch_options: dict[str, Any] = {}
     """Further keyword arguments of the timm model (``embed_dim``, ``depth``, ...)."""
+    init: Init = "dino"
+    """How the encoder's Linear weights are drawn; see ``EncoderSpec``."""
     drop_path: float = Field(0.1, ge=0, lt=1)
     epochs: int = Field(100, gt=0)
     batch_size: int = Field(1024, gt=1)

@@ -38,16 +38,19 @@ def test_loss_gradient_and_centre_equal_lightly(views: int, epoch: int) -> None:
         torch.testing.assert_close(method.centre, peer.center[0], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("batch_norm", [False, True])
 @pytest.mark.parametrize("norm_last_layer", [True, False])
-def test_head_equals_lightly(norm_last_layer: bool) -> None:
+def test_head_equals_lightly(norm_last_layer: bool, batch_norm: bool) -> None:
     torch.manual_seed(0)
-    method = make_method(hidden=64, bottleneck=32, norm_last_layer=norm_last_layer)
+    method = make_method(hidden=64, bottleneck=32, norm_last_layer=norm_last_layer, batch_norm_in_head=batch_norm)
     head, tail = method.head(48, 1).double(), method.tail(student=True).double()
-    peer = DINOProjectionHead(48, 64, 32, K, norm_last_layer=norm_last_layer).double()
+    peer = DINOProjectionHead(48, 64, 32, K, batch_norm=batch_norm, norm_last_layer=norm_last_layer).double()
+    linear = [layer for layer in peer.layers if isinstance(layer, torch.nn.Linear)]
     with torch.no_grad():
-        for ours, theirs in zip(head.layers, [peer.layers[i] for i in (0, 2, 4)], strict=True):
+        for ours, theirs in zip(head.layers, linear, strict=True):
             theirs.weight.copy_(ours.weight[0])
-            theirs.bias.copy_(ours.bias[0])
+            if theirs.bias is not None:
+                theirs.bias.copy_(ours.bias[0])
         peer.last_layer.weight_v.copy_(tail.weight_v)
         peer.last_layer.weight_g.copy_(tail.weight_g)
     x = torch.randn(10, 48, dtype=torch.float64)
@@ -63,9 +66,10 @@ def test_head_equals_lightly(norm_last_layer: bool) -> None:
         torch.testing.assert_close(tail.weight_g.grad, peer.last_layer.weight_g.grad, rtol=1e-6, atol=1e-9)
 
 
-def test_independent_heads_equal_single_heads() -> None:
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_independent_heads_equal_single_heads(batch_norm: bool) -> None:
     torch.manual_seed(0)
-    method = make_method(hidden=64, bottleneck=32)
+    method = make_method(hidden=64, bottleneck=32, batch_norm_in_head=batch_norm)
     stack, single = method.head(48, 5).double(), method.head(48, 1).double()
     x = torch.randn(5, 7, 48, dtype=torch.float64)
     together = stack(x)

@@ -23,6 +23,7 @@ from mte_bench.settings import Settings
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+Init = Literal["dino", "fan-in"]
 Sight = Literal["everything", "not-global", "not-each-other", "patches-and-self"]
 
 
@@ -36,6 +37,10 @@ class EncoderSpec(Settings):
     """Further keyword arguments of ``timm.create_model``."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    init: Init = "dino"
+    """How fresh weights of Linear layers are drawn: ``dino``, std 0.02 whatever the width; ``fan-in``, std 1 / sqrt(inputs).
+    DINO's fixed value suits the widths of ViT-S and ViT-B (384, 768); at a width of 100 almost nothing of an image
+    reaches the global token of a fresh network, and DINO's loss then stays at its uniform start."""
 
     @property
     def timm_arguments(self) -> dict[str, Any]:
@@ -234,7 +239,8 @@ def build_encoder(spec: EncoderSpec, drop_path: float = 0.0, pretrained: bool = 
 
 
 def dino_init(encoder: Encoder) -> None:
-    """Draw the weights as DINO does: CLS token, position table and every Linear weight truncated normal, std 0.02.
+    """Draw the weights as DINO does: CLS token, position table and every Linear weight truncated normal, std 0.02
+    (Linear weights 1 / sqrt(inputs) if the spec says ``fan-in``).
 
     timm's own initialisation is the same but for the CLS token, which it draws with std 1e-6, and for architectures
     that bring a rule of their own. Biases become 0; convolutions, norms and relative position tables stay as built.
@@ -246,7 +252,7 @@ def dino_init(encoder: Encoder) -> None:
             nn.init.trunc_normal_(parameter, std=0.02)
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.trunc_normal_(module.weight, std=0.02 if encoder.spec.init == "dino" else module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 

@@ -28,21 +28,37 @@ class StackedLinear(nn.Module):
         return torch.baddbmm(self.bias.unsqueeze(2), self.weight, x.transpose(1, 2)).transpose(1, 2)
 
 
-class StackedMLP(nn.Module):
-    """``copies`` independent MLPs with GELU between their layers, as DINO's head before its prototypes."""
+class StackedBatchNorm(nn.Module):
+    """Batch normalisation of ``copies`` independent heads in one pass: each copy has statistics of its own."""
 
-    def __init__(self, copies: int, sizes: Sequence[int], std: float = 0.02):
+    def __init__(self, copies: int, channels: int):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(copies * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``copies b c`` to ``copies b c``."""
+        copies, b, c = x.shape
+        return self.norm(x.transpose(0, 1).reshape(b, copies * c)).view(b, copies, c).transpose(0, 1)
+
+
+class StackedMLP(nn.Module):
+    """``copies`` independent MLPs with GELU between their layers, as DINO's head before its prototypes.
+
+    ``batch_norm`` puts batch normalisation before each GELU. Weights are drawn truncated normal with ``std``.
+    """
+
+    def __init__(self, copies: int, sizes: Sequence[int], std: float = 0.02, batch_norm: bool = False):
         super().__init__()
         self.copies = copies
-        layers = [StackedLinear(copies, *pair) for pair in pairwise(sizes)]
-        for layer in layers:
+        self.layers = nn.ModuleList(StackedLinear(copies, *pair) for pair in zip(sizes, sizes[1:], strict=False))
+        self.norms = nn.ModuleList(StackedBatchNorm(copies, size) if batch_norm else nn.Identity() for size in sizes[1:-1])
+        for layer in self.layers:
             nn.init.trunc_normal_(layer.weight, std=std)
-        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """``copies b in`` to ``copies b out``."""
-        for layer in self.layers[:-1]:
-            x = F.gelu(layer(x))
+        for layer, norm in zip(self.layers, self.norms, strict=False):
+            x = F.gelu(norm(layer(x)))
         return self.layers[-1](x)
 
 

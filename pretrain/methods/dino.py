@@ -23,6 +23,9 @@ class DINO(Method):
         prototypes: int = Field(65536, gt=0)
         hidden: int = Field(2048, gt=0)
         bottleneck: int = Field(256, gt=0)
+        batch_norm_in_head: bool = False
+        """Batch normalisation in the MLP (the reference's ``use_bn_in_head``): small models and runs need it to leave
+        the uniform start."""
         norm_last_layer: bool = True
         """Keep the prototypes' lengths at 1; false trains them."""
         student_temperature: float = Field(0.1, gt=0)
@@ -43,7 +46,8 @@ class DINO(Method):
 
     def head(self, width: int, copies: int) -> nn.Module:
         """The three-layer MLP to the bottleneck."""
-        return StackedMLP(copies, [width, self.settings.hidden, self.settings.hidden, self.settings.bottleneck])
+        s = self.settings
+        return StackedMLP(copies, [width, s.hidden, s.hidden, s.bottleneck], batch_norm=s.batch_norm_in_head)
 
     @property
     def output_width(self) -> int:
