@@ -44,3 +44,8 @@ def picture(path: str | Path, width: float = 6.4, height: float = 4.0) -> Iterat
         yield figure
         with atomic(path) as temporary:
             figure.savefig(temporary, metadata={"Software": None})
+
+
+def title_width(title: str) -> float:
+    """Inches that a title of 10 points needs at most."""
+    return 0.3 + 0.085 * max(len(line) for line in title.splitlines())

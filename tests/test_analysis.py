@@ -1,18 +1,25 @@
 """The analyses: what CKA must be for known features, and what each command writes."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from downstream.analysis.attention import attention_entropy
 from downstream.analysis.cka import linear_cka, mean_between, minibatch_cka, refuse_constant, unbiased_hsic
 from downstream.analysis.maps import relative
-from downstream.analysis.pooling import map_correlation, map_variation, mean_over_pairs, pooling_kernels
+from downstream.analysis.pooling import POOLING, map_correlation, map_variation, mean_over_pairs, pooling_kernels
+from downstream.analysis.study import AnalysisProtocol, Gallery, Prepared
+from mte_bench.cli import run
+from mte_bench.encoders.checkpoint import AUXILIARY_NAME, ENCODER_NAME, save_auxiliary, save_encoder
 from mte_bench.encoders.encoder import EncoderSpec, build_encoder
 from mte_bench.encoders.tokens import AuxiliarySettings, AuxiliaryTokens, MultiToken
-from mte_bench.errors import UserError
+from mte_bench.errors import CorruptImage, UserError
+from mte_bench.records import read_record
 
 
 def related(n: int, widths: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:
@@ -154,4 +161,161 @@ def test_map_statistics_are_those_of_numpy_and_right_for_even_maps() -> None:
 
 def test_entropy_of_attention_is_log_n_when_even_and_nothing_when_on_one_patch() -> None:
     even, single = np.full(16, 0.05), np.eye(16)[3] * 0.4  # what goes to the CLS token itself is not counted
-    np.testing.assert_allclose(attention_entropy(np.stack([even, single])[None]), [[np.log(16), 0]], atol=1e-12)
+    np.testing.assert_allclose(attention_entropy(np.stack([even, single]).reshape(1, 2, 4, 4)), [[np.log(16), 0]], atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of three classes, 12 images in val."""
+    folder = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 1), ("val", 4)):
+        for label, name in enumerate(("ash", "birch", "cedar")):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 200, (40, 40, 3)) + 20 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``pretrain`` with MTE leaves, but untrained."""
+    folder = tmp_path_factory.mktemp("runs") / "dino-mte"
+    torch.manual_seed(0)
+    model = tiny_model(auxiliary_cls=2, pooled=3, kernel=5)
+    metadata = {"recipe_hash": "0", "seed": 0, "epoch": 1}
+    save_encoder(folder / ENCODER_NAME, model.encoder, metadata)
+    save_auxiliary(folder / AUXILIARY_NAME, model.auxiliary, {}, metadata)
+    return folder
+
+
+def analyse(*arguments: object) -> Any:
+    return run(["analyze", *map(str, arguments), "--workers", "0", "--device", "cpu"])
+
+
+TOKENS = ["global", "CLS 1", "CLS 2", "pooled 1", "pooled 2", "pooled 3"]
+
+
+@pytest.mark.parametrize("name", ["cka", "pooling", "attention"])
+def test_each_analysis_leaves_a_record_with_picture_and_values(name: str, run_folder: Path, photos: Path) -> None:
+    arguments = (name, run_folder, "--data", photos, *(() if name == "cka" else ("--images", 2)))
+    record = analyse(*arguments)
+    folder = run_folder / "evaluations" / f"{name}-{photos.name}"
+    assert read_record(folder / "record.json") == record
+    assert (record.task, record.data.images, record.subject.family) == (name, {"val": 12}, "mte-bench")
+    assert all(np.isfinite(metric.value) and metric.n == 12 for metric in record.metrics.values())
+    with Image.open(folder / record.files["picture"]) as image:
+        assert image.format == "PNG" and min(image.size) > 300
+    json.loads((folder / record.files["values"]).read_text())
+    picture = (folder / record.files["picture"]).read_bytes()
+    again = analyse(*arguments, "--batch-size", 5)
+    for metric, value in record.metrics.items():
+        assert again.metrics[metric].value == pytest.approx(value.value, rel=1e-3), metric
+    assert analyse(*arguments).metrics == record.metrics
+    assert (folder / record.files["picture"]).read_bytes() == picture
+
+
+def test_cka_record_is_of_the_tokens_that_the_model_gives(run_folder: Path, photos: Path, tmp_path: Path) -> None:
+    from mte_bench.data.sources import open_source
+    from mte_bench.data.transforms import EvaluationTransform
+    from mte_bench.encoders.checkpoint import open_checkpoint
+
+    record = analyse("cka", run_folder, "--data", photos, "--out", tmp_path)
+    values = json.loads((tmp_path / "cka.json").read_text())
+    assert values["names"] == TOKENS
+    model, images = open_checkpoint(str(run_folder)).multi_token(), open_source(str(photos), "val")
+    assert model is not None
+    spec = model.encoder.spec
+    transform = EvaluationTransform.for_size(32, spec.mean, spec.std)
+    with torch.no_grad():
+        tokens, auxiliary = model(torch.stack([transform(images.image(index)) for index in range(12)]))
+    features = [tokens.global_token.numpy(), *auxiliary.numpy().transpose(1, 0, 2)]
+    expected = [
+        [gram_hsic(x, y) / np.sqrt(gram_hsic(x, x) * gram_hsic(y, y)) for y in features] for x in features
+    ]  # fmt: skip
+    np.testing.assert_allclose(values["exact"], expected, atol=2e-4)
+    pooled = [expected[3][4], expected[3][5], expected[4][5]]
+    assert record.metrics["cka_pooled"].value == pytest.approx(np.mean(pooled), abs=2e-4)
+    largest = np.abs(np.array(values["exact"]) - values["minibatch"]).max()
+    assert record.details["estimators_max_abs_difference"] == pytest.approx(largest, abs=1e-4)
+
+
+def test_layers_are_compared_where_there_are_no_auxiliary_tokens_or_on_request(
+    run_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    layers = ["block 1", "block 2", "final norm"]
+    record = analyse("cka", f"random:{run_folder}", "--data", photos, "--out", tmp_path / "random")
+    assert json.loads((tmp_path / "random" / "cka.json").read_text())["names"] == layers
+    assert list(record.metrics) == ["cka_layers", "cka_layers_minibatch"]
+    record = analyse("cka", run_folder, "--data", photos, "--between", "layers", "--out", tmp_path / "asked")
+    assert record.details["between"] == "layers"
+    with pytest.raises(UserError, match=r"no auxiliary tokens.*--between layers"):
+        analyse("cka", f"random:{run_folder}", "--data", photos, "--between", "tokens")
+
+
+def test_layers_of_a_swin_have_different_widths(photos: Path, tmp_path: Path) -> None:
+    swin = "random:swin_tiny_patch4_window7_224?image_size=32&window_size=4&embed_dim=12&depths=[1,1,1,1]&num_heads=[1,1,2,2]"
+    analyse("cka", swin, "--data", photos, "--out", tmp_path)
+    assert len(json.loads((tmp_path / "cka.json").read_text())["exact"]) == 5
+    with pytest.raises(UserError, match="no CLS token"):
+        analyse("attention", swin, "--data", photos, "--out", tmp_path / "attention")
+
+
+def test_pictures_show_images_of_every_class_and_as_many_as_asked(run_folder: Path, photos: Path, tmp_path: Path) -> None:
+    for name, columns in (("pooling", TOKENS[3:]), ("attention", ["mean of heads", "head 1", "head 2", "head 3"])):
+        analyse(name, run_folder, "--data", photos, "--images", 3, "--count", 9, "--out", tmp_path / name)
+        values = json.loads((tmp_path / name / f"{name}.json").read_text())
+        assert [caption.partition(":")[0] for caption in values["images"]] == ["ash", "birch", "cedar"]
+        assert values["names"] == columns
+        assert np.shape(values["maps"]) == (3, len(columns), 4, 4)
+    share = np.sum(values["maps"], axis=(2, 3))
+    assert ((share > 0.5) & (share < 1)).all()  # the rest of the attention is on the CLS token itself
+
+
+def test_centred_map_correlation_does_not_see_what_all_images_share() -> None:
+    """Maps of independent noise on one and the same border are alike; without the border they are not."""
+    model, count = tiny_model(auxiliary_cls=0, pooled=3, kernel=5), 200
+    generator = np.random.default_rng(0)
+    maps = 1 + 0.1 * generator.random((count, 3, 8, 8))
+    maps[:, :, [0, -1]] -= 0.5
+    gallery = Gallery(np.array([0]), ["a"], np.zeros((1, 32, 32, 3)))
+    prepared = Prepared(model, lambda images: [images], ("pooled 1", "pooled 2", "pooled 3"))
+    metrics = POOLING.measure(
+        AnalysisProtocol(task="pooling", version=1, image_size=None, resize=None, count=count), prepared, [maps], gallery
+    ).metrics
+    assert metrics["map_correlation"].value > 0.9
+    assert abs(metrics["map_correlation_centred"].value) < 0.02
+
+
+def test_pooling_of_a_checkpoint_without_auxiliary_tokens_is_refused(run_folder: Path, photos: Path) -> None:
+    with pytest.raises(UserError, match="no pooled tokens"):
+        analyse("pooling", f"random:{run_folder}", "--data", photos)
+
+
+def test_count_limits_the_images_and_a_dry_run_writes_nothing(run_folder: Path, photos: Path, tmp_path: Path) -> None:
+    record = analyse("attention", run_folder, "--data", photos, "--count", 6, "--images", 1, "--out", tmp_path / "six")
+    assert (record.data.images, record.data.subset) == ({"val": 6}, "images=6")
+    assert record.protocol.settings["count"] == 6
+    assert analyse("attention", run_folder, "--data", photos, "--dry-run", "--out", tmp_path / "dry") is None
+    assert not (tmp_path / "dry").exists()
+    assert analyse("cka", run_folder, "--data", photos, "--smoke", "--batch-size", 4).data.images == {"val": 8}
+
+
+def test_corrupt_images_are_left_out_when_allowed(run_folder: Path, photos: Path, tmp_path: Path) -> None:
+    import shutil
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(photos, damaged)
+    whole = analyse("attention", run_folder, "--data", photos, "--images", 12, "--out", tmp_path / "whole")
+    path = damaged / "val" / "ash" / "3.png"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CorruptImage, match=r"3\.png"):
+        analyse("attention", run_folder, "--data", damaged, "--images", 1, "--out", tmp_path / "none")
+    record = analyse("attention", run_folder, "--data", damaged, "--images", 12, "--allow-corrupt", 1, "--out", tmp_path / "one")
+    assert record.data.images == {"val": 11}
+    assert [Path(name).name for name in record.data.corrupt] == ["3.png"]
+    before, after = (json.loads((tmp_path / name / "attention.json").read_text()) for name in ("whole", "one"))
+    kept = [maps for caption, maps in zip(before["images"], before["maps"], strict=True) if caption != "ash: 3.png"]
+    np.testing.assert_allclose(after["maps"], kept, rtol=1e-3)
+    assert whole.metrics["attention_entropy"].n == 12

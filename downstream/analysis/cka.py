@@ -21,7 +21,7 @@ from torch import Tensor
 from downstream.analysis.study import Analysis, AnalysisProtocol, Gallery, Outcome, Prepared, rounded
 from mte_bench.encoders.checkpoint import Checkpoint
 from mte_bench.errors import UserError
-from mte_bench.plotting import picture
+from mte_bench.plotting import picture, title_width
 from mte_bench.records import Metric
 
 Floats = NDArray[np.floating]
@@ -104,7 +104,7 @@ def draw_cka(path: str | Path, matrix: Floats, names: Sequence[str], title: str)
     count = len(names)
     cell = 0.52 if count <= PRINTED else max(0.2, 8 / count)
     side = max(2.6, cell * count)
-    with picture(path, side + 2.4, side + 1.5) as figure:
+    with picture(path, max(side + 2.4, title_width(title)), side + 1.5) as figure:
         axes = figure.add_subplot()
         axes.grid(False)
         axes.spines[:].set_visible(False)
@@ -112,7 +112,7 @@ def draw_cka(path: str | Path, matrix: Floats, names: Sequence[str], title: str)
         axes.set_xticks(range(count), names, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(count), names)
         axes.tick_params(length=0)
-        axes.set_title(title, loc="left", fontsize=10)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
         for border in _borders(names):
             axes.axhline(border, color="white", linewidth=2)
             axes.axvline(border, color="white", linewidth=2)

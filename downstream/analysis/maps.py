@@ -2,16 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mte_bench.plotting import picture
+from mte_bench.plotting import picture, title_width
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
 Floats = NDArray[np.floating]
@@ -50,59 +48,49 @@ def draw_maps(
     low, high = min(float(low), 0.9), max(float(high), 1.1)
     cell = CELL if tokens <= 8 else 0.8 * CELL
     start = MARGIN + HEAD + (0 if kernels is None else cell + 3 * GAP)  # inches from the top to the first image
-    width = 2 * cell + tokens * cell + 2 * GAP + 1.1
+    width = max(2 * cell + tokens * cell + 2 * GAP + 1.1, title_width(title))
     height = start + count * (2 * cell + 3 * GAP) + MARGIN
     with picture(path, width, height) as figure:
         figure.set_layout_engine("none")
+        page = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)  # inches from the top left
+        page.axis("off")
 
-        def axes(left: float, top: float, wide: float, high: float) -> "Axes":
-            """Axes at a place given in inches from the top left corner."""
-            return figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
+        def tile(values: Floats, left: float, top: float, side: float = cell, **look: Any) -> "AxesImage":
+            side -= GAP / 3
+            return page.imshow(values, extent=(left, left + side, top + side, top), aspect="auto", **look)
 
-        def bare(left: float, top: float, size: float = cell) -> "Axes":
-            place = axes(left, top, size - GAP / 3, size - GAP / 3)
-            place.set(xticks=[], yticks=[])
-            place.grid(False)
-            place.spines[:].set_visible(False)
-            return place
+        def bar(drawn: "AxesImage", top: float, tall: float, text: str, extend: str) -> None:
+            place = figure.add_axes(((lefts[-1] + cell + GAP) / width, 1 - (top + tall) / height, 0.12 / width, tall / height))
+            colours = figure.colorbar(drawn, cax=place, extend=extend)
+            colours.set_label(text, fontsize=8)
+            colours.outline.set_visible(False)
+            place.tick_params(labelsize=7)
 
         lefts = [MARGIN + 2 * cell + GAP + index * cell for index in range(tokens)]
-        bar = lefts[-1] + cell + GAP
-        figure.text(MARGIN / width, 1 - MARGIN / height, title, ha="left", va="top", fontsize=10)
+        page.text(MARGIN, MARGIN, title, va="top", fontsize=10)
         for left, name in zip(lefts, columns, strict=True):
-            centre = (left + (cell - GAP / 3) / 2) / width
-            figure.text(centre, 1 - (MARGIN + HEAD - 0.06) / height, name, ha="center", va="bottom", fontsize=8)
+            page.text(left + cell / 2, MARGIN + HEAD - 0.06, name, ha="center", va="bottom", fontsize=8)
         if kernels is not None:
             reach = float(np.abs(kernels).max()) or 1.0
             for left, kernel in zip(lefts, kernels, strict=True):
-                drawn = bare(left, MARGIN + HEAD).imshow(kernel, cmap=SIGNED_COLOURS, vmin=-reach, vmax=reach)
-            _bar(figure, drawn, axes(bar, MARGIN + HEAD, 0.12, cell - GAP / 3), "kernel weight", "neither")
-            figure.text(
-                (lefts[0] - GAP) / width, 1 - (MARGIN + HEAD + cell / 2) / height,
-                "kernels, mean\nover channels", ha="right", va="center", fontsize=8,
-            )  # fmt: skip
+                drawn = tile(kernel, left, MARGIN + HEAD, cmap=SIGNED_COLOURS, vmin=-reach, vmax=reach)
+            bar(drawn, MARGIN + HEAD, cell - GAP / 3, "kernel weight", "neither")
+            middle = MARGIN + HEAD + cell / 2
+            page.text(lefts[0] - GAP, middle, "kernels, mean\nover channels", ha="right", va="center", fontsize=8)
+        look: dict[str, Any] = {"cmap": MAP_COLOURS, "vmin": low, "vmax": high}
         for index, image in enumerate(images):
             top = start + index * (2 * cell + 3 * GAP)
-            original = bare(MARGIN, top, 2 * cell)
-            original.imshow(image)
-            original.set_xlabel(_short(captions[index]), fontsize=7, labelpad=2)
-            extent = (-0.5, image.shape[1] - 0.5, image.shape[0] - 0.5, -0.5)
+            tile(image, MARGIN, top, 2 * cell)
+            caption = _short(captions[index], int(32 * cell))
+            page.text(MARGIN + cell, top + 2 * cell, caption, ha="center", va="top", fontsize=7)
             for left, values in zip(lefts, maps[index], strict=True):
-                blended = bare(left, top)
-                blended.imshow(image.mean(-1), cmap="gray", vmin=0, vmax=1)
-                blended.imshow(
-                    values, cmap=MAP_COLOURS, vmin=low, vmax=high, alpha=0.6, interpolation="bicubic", extent=extent
-                )  # fmt: skip
-                drawn = bare(left, top + cell).imshow(values, cmap=MAP_COLOURS, vmin=low, vmax=high)
-        _bar(figure, drawn, axes(bar, start, 0.12, min(count * (2 * cell + 3 * GAP) - 3 * GAP, 4 * cell)), label, "both")
+                tile(image.mean(-1), left, top, cmap="gray", vmin=0, vmax=1)
+                tile(values, left, top, alpha=0.6, interpolation="bicubic", **look)
+                drawn = tile(values, left, top + cell, **look)
+        bar(drawn, start, min(count * (2 * cell + 3 * GAP) - 3 * GAP, 4 * cell), label, "both")
 
 
-def _bar(figure: "Figure", drawn: "AxesImage", place: "Axes", label: str, extend: str) -> None:
-    bar = figure.colorbar(drawn, cax=place, extend=extend)
-    bar.set_label(label, fontsize=8)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=7)
-
-
-def _short(text: str, length: int = 38) -> str:
-    return text if len(text) <= length else f"…{text[1 - length :]}"
+def _short(text: str, length: int) -> str:
+    """``text`` with its middle left out where it is longer: class and end of the file name stay."""
+    half = length // 2
+    return text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}"

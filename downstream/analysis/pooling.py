@@ -66,12 +66,22 @@ def prepare_pooling(protocol: AnalysisProtocol, checkpoint: Checkpoint) -> Prepa
 
 
 def measure_pooling(protocol: AnalysisProtocol, prepared: Prepared, computed: list[Floats], gallery: Gallery) -> Outcome:
-    """How alike the tokens' maps are (1: one token several times), and how uneven each is."""
+    """How alike the tokens' maps of an image are (1: one token several times), and how uneven each is.
+
+    Zero padding darkens the border of every map alike. ``map_correlation_centred`` is of what remains of the maps
+    without each token's mean map over the images: of what depends on the image.
+    """
     assert isinstance(prepared.model, MultiToken)
     (maps,), names = computed, prepared.names
     correlation, kernels, shown = map_correlation(maps), pooling_kernels(prepared.model), maps[gallery.rows]
-    metrics = {"map_correlation": mean_over_images(mean_over_pairs(correlation))} if len(names) > 1 else {}
-    metrics["map_variation"] = mean_over_images(map_variation(maps).mean(axis=1))
+    metrics = {"map_variation": mean_over_images(map_variation(maps).mean(axis=1))}
+    if len(names) > 1:
+        centred = map_correlation(maps - maps.mean(axis=0))
+        metrics = {
+            "map_correlation": mean_over_images(mean_over_pairs(correlation)),
+            "map_correlation_centred": mean_over_images(mean_over_pairs(centred)),
+            **metrics,
+        }
     return Outcome(
         metrics=metrics,
         values={
@@ -87,7 +97,7 @@ def measure_pooling(protocol: AnalysisProtocol, prepared: Prepared, computed: li
             gallery.images,
             shown,
             names,
-            f"What the pooled tokens weigh\n{subject}",
+            f"Weight maps of the pooled tokens\n{subject}",
             "absolute weight, relative to the map's mean",
             kernels,
         ),

@@ -65,7 +65,7 @@ class Prepared(NamedTuple):
 
 
 class Gallery(NamedTuple):
-    """The images that a picture shows, spread evenly over those that were measured."""
+    """The images that a picture shows, spread evenly over the classes of those that were measured."""
 
     rows: NDArray[np.int64]
     """Which of the measured images they are."""
@@ -147,7 +147,7 @@ def study(analysis: Analysis[A], request: Request, shown: int) -> Record | None:
         files=files,
         details={
             **outcome.details,
-            "shown": gallery.captions,
+            **({"shown": gallery.captions} if shown else {}),
             "transform": transform.model_dump(mode="json"),
             "precision": str(how.precision).removeprefix("torch."),
         },
@@ -203,7 +203,8 @@ def _collect(
 
 
 def _gallery(images: ImageSet, kept: NDArray[np.int64], transform: EvaluationTransform, shown: int) -> Gallery:
-    rows = np.unique(np.linspace(0, len(kept) - 1, min(shown, len(kept))).round().astype(np.int64))
+    by_class = np.argsort(images.labels[kept], kind="stable")
+    rows = by_class[np.linspace(0, len(kept) - 1, min(shown, len(kept))).round().astype(np.int64)]
     captions, pixels = [], []
     mean, std = np.array(transform.mean), np.array(transform.std)
     for index in kept[rows]:
@@ -211,13 +212,13 @@ def _gallery(images: ImageSet, kept: NDArray[np.int64], transform: EvaluationTra
         captions.append(f"{images.classes[label]}: {name}" if label >= 0 else name)
         tensor = transform(images.image(int(index)))
         pixels.append((tensor.permute(1, 2, 0).numpy() * std + mean).clip(0, 1))
-    return Gallery(rows, captions, np.stack(pixels))
+    return Gallery(rows, captions, np.array(pixels))
 
 
 def _title(checkpoint: Checkpoint, images: ImageSet, count: int) -> str:
     source = parse_source(images.source)
-    data = Path(source.path).name or source.kind
-    return f"{slug(checkpoint.subject.checkpoint)} ({checkpoint.subject.arch}), {count:,} images of {data}"
+    data, name, arch = Path(source.path).name or source.kind, slug(checkpoint.subject.checkpoint), checkpoint.subject.arch
+    return f"{name}{'' if arch in name else f' ({arch})'}, {count:,} images of {data}"
 
 
 def _show(record: Record, as_json: bool) -> None:
