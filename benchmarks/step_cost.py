@@ -14,7 +14,6 @@ import statistics
 import time
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mte_bench.device import autocast, pick_device, pick_precision

@@ -12,7 +12,7 @@ class CorruptImage(UserError):
     """An image that cannot be decoded; ``path`` names it."""
 
     def __init__(self, path: str, reason: str):
-        super().__init__(f"{path}: cannot be read as an image ({reason}); mend or remove it, or allow some with --allow-corrupt N")
+        super().__init__(f"{path}: not readable as an image ({reason}); mend or remove it, or allow some with --allow-corrupt N")
         self.path, self.reason = path, reason
 
     def __reduce__(self) -> tuple[type["CorruptImage"], tuple[str, str]]:  # crosses process borders whole

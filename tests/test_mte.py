@@ -92,9 +92,7 @@ def test_equations_4_to_6_by_hand() -> None:
         terms = [-(target[q] * torch.log_softmax(outputs[v] / 0.1, -1)).sum(-1).mean() for q, v in ((0, 1), (1, 0))]
         return sum(terms) / 2
 
-    found = mte.loss(
-        method, student(groups), [method.target(v, 0) for v in mte.teacher_vectors(teacher, groups, recipe)], recipe
-    )
+    found = mte.loss(method, student(groups), [method.target(v, 0) for v in mte.teacher_vectors(teacher, groups, recipe)], recipe)
     torch.testing.assert_close(found["loss_fused"], cross_entropy(fused))
     torch.testing.assert_close(found["loss_global"], cross_entropy(glob))
     torch.testing.assert_close(found["loss"], (cross_entropy(fused) + cross_entropy(glob)) / 2)

@@ -54,9 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make(folder: Path, out: Path, **changes: Any) -> Trainer:
     options = {key: changes.pop(key) for key in ("seed", "process", "save_minutes", "held_out", "workers") if key in changes}
-    return Trainer(
-        Recipe(**{**TINY, **changes}), open_source(str(folder), "train"), out, device=CPU, **{"workers": 0, **options}
-    )
+    return Trainer(Recipe(**{**TINY, **changes}), open_source(str(folder), "train"), out, device=CPU, **{"workers": 0, **options})
 
 
 def tensors(out: Path) -> dict[str, torch.Tensor]:
@@ -178,9 +176,7 @@ def test_two_processes_give_the_gradients_and_losses_of_one(folder: Path, tmp_pa
     for name, command in {"one": [sys.executable], "two": launcher}.items():
         words = [*command, "-m", "mte_bench", *options, "--out", str(tmp_path / name)]
         subprocess.run(words, check=True, env=environment, capture_output=True)
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / CURVES).read_text().splitlines()] for name in ("one", "two")
-    )
+    one, two = ([json.loads(line) for line in (tmp_path / name / CURVES).read_text().splitlines()] for name in ("one", "two"))
     assert len(one) == len(two) == 12
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=2e-5)

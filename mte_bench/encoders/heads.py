@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -50,10 +50,10 @@ class StackedMLP(nn.Module):
     def __init__(self, copies: int, sizes: Sequence[int], std: float = 0.02, batch_norm: bool = False):
         super().__init__()
         self.copies = copies
-        self.layers = nn.ModuleList(StackedLinear(copies, *pair) for pair in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(StackedLinear(copies, *pair) for pair in pairwise(sizes))
         self.norms = nn.ModuleList(StackedBatchNorm(copies, size) if batch_norm else nn.Identity() for size in sizes[1:-1])
         for layer in self.layers:
-            nn.init.trunc_normal_(layer.weight, std=std)
+            nn.init.trunc_normal_(cast(StackedLinear, layer).weight, std=std)
 
     def forward(self, x: Tensor) -> Tensor:
         """``copies b in`` to ``copies b out``."""
