@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from mte_bench.records import Metric, Record
 
 RECIPE = "dino_tiny_scenes"
-DATA = "scenes"
+DATA, FEW = "scenes", "scenes?train=160&val=160"
 
 
 def quickstart(
@@ -27,14 +27,14 @@ def quickstart(
     from mte_bench.console import log, show_json, show_table
 
     folder = Path(out or ("quickstart-smoke" if smoke else "quickstart"))
-    plain, enhanced = str(folder / "dino"), str(folder / "dino-mte")
+    plain, enhanced, data = str(folder / "dino"), str(folder / "dino-mte"), FEW if smoke else DATA
     common = ["--device", device, *(["--smoke"] if smoke else [])]
 
     def pretrain(run: str, *settings: str) -> list[str]:
-        return ["pretrain", RECIPE, "--data", DATA, "--out", run, "--seed", str(seed), *settings, *common]
+        return ["pretrain", RECIPE, "--data", data, "--out", run, "--seed", str(seed), *settings, *common]
 
     def evaluate(subject: str, *verb: str) -> list[str]:
-        return [*verb, subject, "--data", DATA, *common]
+        return [*verb, subject, "--data", data, *common]
 
     def of_random(verb: str) -> list[str]:
         return [*evaluate(f"random:{plain}", verb), "--out", str(folder / "random" / verb)]
