@@ -52,17 +52,18 @@ class Drawing:
 
 
 KINDS = (
-    Kind("disc", "dotted"),
-    Kind("ring", "striped"),
-    Kind("square", "ringed"),
-    Kind("bar", "zigzag"),
+    Kind("dome", "bricked"),
     Kind("cross", "checked"),
+    Kind("disc", "dotted"),
     Kind("triangle", "latticed"),
-    Kind("star", "wavy"),
+    Kind("square", "ringed"),
     Kind("crescent", "spiral"),
     Kind("clover", "spoked"),
-    Kind("dome", "bricked"),
+    Kind("ring", "striped"),
+    Kind("star", "wavy"),
+    Kind("bar", "zigzag"),
 )
+"""In the order of their names, so that class folders number them alike."""
 CLASSES = tuple(kind.name for kind in KINDS)
 
 

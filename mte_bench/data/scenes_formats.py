@@ -135,6 +135,8 @@ def taxonomy(kind: Kind) -> dict[str, str]:
 def _inat(root: Path, plan: Plan) -> None:
     """``train2018.json``, ``val2018.json``, ``categories.json``, ``train_val2018/<supercategory>/<category>/*.jpg``."""
     categories = [{"id": label, **taxonomy(kind)} for label, kind in enumerate(KINDS)]
+    for category in categories:
+        category["image_dir_name"] = f"{category['supercategory']}/{category['id']}"
     number = 0
     for split in SPLITS:
         images: list[dict[str, Any]] = []
@@ -142,7 +144,7 @@ def _inat(root: Path, plan: Plan) -> None:
         for drawing in plan.single(split):
             number += 1
             label = drawing.things[0].label
-            name = f"train_val2018/{categories[label]['supercategory']}/{label}/{number:032x}.jpg"
+            name = f"train_val2018/{categories[label]['image_dir_name']}/{number:032x}.jpg"
             _save(drawing, root / name)
             images.append({"id": number, "file_name": name, **_extent(drawing), "license": 1, "rights_holder": "none"})
             annotations.append({"id": number, "image_id": number, "category_id": label})
