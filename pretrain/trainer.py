@@ -88,7 +88,7 @@ class Trainer:
         return {
             "recipe": self.recipe.model_dump(mode="json", exclude={"description", "knn_every"}),
             "seed": self.seed,
-            "data": {"source": self.images.source, "fingerprint": self.images.fingerprint},
+            "data": self.images.fingerprint,
             "precision": str(self.precision).removeprefix("torch."),
         }
 
@@ -106,6 +106,8 @@ class Trainer:
             self._describe()
         if self.step < self.total_steps:
             self._train()
+        elif (self.out / records.RECORD_NAME).exists():
+            return records.read_record(self.out / records.RECORD_NAME)
         return self._record()
 
     def _train(self) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -166,21 +167,32 @@ def test_accumulated_micro_batches_give_the_same_gradients(folder: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_gradients_and_losses_of_one(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_two_processes_give_the_gradients_and_losses_of_one(folder: Path, tmp_path: Path, batch_norm: bool) -> None:
     """torchrun with gloo, the same global batch: curves equal up to the order of reduction, also with drop path."""
     recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(json.dumps({**TINY, "optimiser": {"lr": 1e-4, "warmup_epochs": 0}}))
+    changes = {
+        "optimiser": {"lr": 1e-4, "warmup_epochs": 0},
+        "method_settings": {**TINY["method_settings"], "batch_norm_in_head": batch_norm},
+    }
+    recipe.write_text(json.dumps({**TINY, **changes}))
     options = ["pretrain", str(recipe), "--data", str(folder), "--workers", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(_free_port())]
     for name, command in {"one": [sys.executable], "two": launcher}.items():
         words = [*command, "-m", "mte_bench", *options, "--out", str(tmp_path / name)]
         subprocess.run(words, check=True, env=environment, capture_output=True)
     one, two = ([json.loads(line) for line in (tmp_path / name / CURVES).read_text().splitlines()] for name in ("one", "two"))
     assert len(one) == len(two) == 12
     for a, b in zip(one, two, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=2e-5)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-4 if batch_norm else 2e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-2 if batch_norm else 1e-3)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def test_a_run_with_other_settings_is_not_gone_on_with(folder: Path, whole: Path) -> None:
@@ -191,9 +203,10 @@ def test_a_run_with_other_settings_is_not_gone_on_with(folder: Path, whole: Path
 
 
 def test_a_finished_run_is_left_as_it_is(folder: Path, whole: Path) -> None:
-    before = (whole / state.NAME).stat().st_mtime_ns
+    files = [whole / state.NAME, whole / "record.json", whole / "encoder.safetensors"]
+    before = [path.stat().st_mtime_ns for path in files]
     record = make(folder, whole).run()
-    assert (whole / state.NAME).stat().st_mtime_ns == before
+    assert [path.stat().st_mtime_ns for path in files] == before
     assert record.task == "pretrain" and record.subject.mte and record.subject.seed == 0
 
 

@@ -6,8 +6,10 @@ from itertools import pairwise
 from typing import Literal, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 
 class StackedLinear(nn.Module):
@@ -28,17 +30,35 @@ class StackedLinear(nn.Module):
         return torch.baddbmm(self.bias.unsqueeze(2), self.weight, x.transpose(1, 2)).transpose(1, 2)
 
 
-class StackedBatchNorm(nn.Module):
-    """Batch normalisation of ``copies`` independent heads in one pass: each copy has statistics of its own."""
+class StackedBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation of ``copies`` independent heads in one pass: each copy has statistics of its own.
+
+    Under several processes the statistics are those of all their rows, on any device.
+    """
 
     def __init__(self, copies: int, channels: int):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(copies * channels)
+        super().__init__(copies * channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """``copies b c`` to ``copies b c``."""
         copies, b, c = x.shape
-        return self.norm(x.transpose(0, 1).reshape(b, copies * c)).view(b, copies, c).transpose(0, 1)
+        rows = x.transpose(0, 1).reshape(b, copies * c)
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        rows = self._over_processes(rows) if self.training and several else super().forward(rows)
+        return rows.view(b, copies, c).transpose(0, 1)
+
+    def _over_processes(self, rows: Tensor) -> Tensor:
+        full = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+        count = len(rows) * dist.get_world_size()
+        sums = all_reduce(torch.stack([full.sum(0), full.square().sum(0)]))
+        mean = sums[0] / count
+        variance = sums[1] / count - mean.square()
+        with torch.no_grad():
+            assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum or 0.1)
+            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.momentum or 0.1)
+        return ((full - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias).to(rows.dtype)
 
 
 class StackedMLP(nn.Module):
