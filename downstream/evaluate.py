@@ -158,7 +158,7 @@ def write_predictions(
 
 
 def show_result(record: Record, as_json: bool) -> None:
-    """The record's metrics as a short table on stdout, or all of it as JSON."""
+    """The record's metrics as a short table on stdout (accuracies in percent), or all of it as JSON."""
     if as_json:
         show_json(record)
         return
@@ -167,7 +167,7 @@ def show_result(record: Record, as_json: bool) -> None:
         interval = None if metric.ci95 is None else f"{metric.ci95[0]:.2f} to {metric.ci95[1]:.2f}"
         rows.append([name, metric.value, interval, metric.n])
     title = f"{record.protocol.name} of {record.subject.checkpoint} on {record.data.source}"
-    show_table(title, ["metric", "%", "95 % interval", "images"], rows)
+    show_table(title, ["metric", "value", "95 % interval", "n"], rows)
 
 
 def pass_of(request: Request) -> Pass:
