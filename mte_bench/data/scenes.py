@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Masks = NDArray[np.bool_]
 
-VERSION = 2
+VERSION = 3
 """Changes whenever a drawing changes: part of every cache key and fingerprint."""
 SPLITS = ("train", "val")
-TILT = 0.4
+TILT = 0.45
 """Things stand upright, give or take so many radians."""
 
 
@@ -75,8 +75,8 @@ def draw(seed: int, split: str, index: int, size: int = 64) -> Drawing:
     rng = _generator(seed, split, index, 0)
     canvas = _Canvas(rng, size, size)
     canvas.scatter_clutter(rng, int(rng.integers(0, 5)), 0.12)
-    radius = rng.uniform(0.34, 0.48)
-    place = 0.5 + rng.uniform(-1, 1, 2) * (0.5 - 0.6 * radius)
+    radius = rng.uniform(0.32, 0.5)
+    place = 0.5 + rng.uniform(-1, 1, 2) * (0.5 - 0.4 * radius)
     canvas.paint(rng, index % len(KINDS), radius, place)
     return canvas.finish(rng)
 
@@ -134,12 +134,12 @@ class _Canvas:
         kind = KINDS[label]
         u, v = _turned(self.x - np.float32(place[0]), self.y - np.float32(place[1]), rng.uniform(-TILT, TILT), 1 / radius)
         v = v * np.float32(rng.uniform(0.85, 1.18))
-        frequency = 2 * np.pi * rng.uniform(2, 3)  # radians per radius
+        frequency = 2 * np.pi * rng.uniform(2.1, 2.9)  # radians per radius
         p, q = u * np.float32(frequency), v * np.float32(frequency)
         if kind.pattern not in CENTRED:
             p, q = p + np.float32(rng.uniform(0, 2 * np.pi)), q + np.float32(rng.uniform(0, 2 * np.pi))
         field = PATTERNS[kind.pattern](p, q) * np.float32(radius * self.unit / frequency)
-        one, other = _two_colours(rng, rng.uniform(0.5, 0.85))
+        one, other = _two_colours(rng, rng.uniform(0.5, 0.75))
         surface = one + (other - one) * np.clip(field + np.float32(0.5), 0, 1)[..., None]
         distance = SHAPES[kind.shape](u, v) * np.float32(radius)
         self.blend(surface, distance)
@@ -168,7 +168,7 @@ class _Canvas:
         return Drawing((np.clip(self.pixels, 0, 1) * 255 + np.float32(0.5)).astype(np.uint8), things, self.clutter)
 
 
-COLOURED_LIGHT = 0.18
+COLOURED_LIGHT = 0.25
 _CHROMA = np.array([(0.7, -0.3, -0.2), (-0.35, 0.3, -0.75)], np.float32)
 """Two directions of colour that leave the luminance (nearly) as it is."""
 
