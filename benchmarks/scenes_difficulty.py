@@ -7,23 +7,27 @@ for some minutes on other drawings of the same kind (more of them, the same val 
 
     python benchmarks/scenes_difficulty.py            # 4,000 train, 1,000 val; 8,000 labelled images, 8 epochs
     python benchmarks/scenes_difficulty.py --quick    # 2,000 train, 500 val; 2,000 labelled images, 3 epochs
+    python benchmarks/scenes_difficulty.py --picture docs/scenes.png    # only draws the grid of classes and examples
 """
 
 import argparse
 import json
 import statistics
 import time
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from mte_bench.data.scenes import CLASSES, draw
 from mte_bench.data.scenes_cache import SceneImages
 from mte_bench.data.sources import Split, open_source
 from mte_bench.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD, EncoderSpec, build_encoder
+from mte_bench.files import atomic
 from mte_bench.knn_vote import normalise, search, vote
 from mte_bench.records import environment
 
@@ -94,11 +98,30 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return 100 * (found == labels).double().mean().item()
 
 
+def grid(path: Path, size: int = 72, examples: int = 9, gap: int = 3, margin: int = 128) -> None:
+    """A picture of ``examples`` scenes of each class, one class in each row."""
+    pitch = size + gap
+    sheet = Image.new("RGB", (margin + examples * pitch + gap, len(CLASSES) * pitch + gap), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for row, name in enumerate(CLASSES):
+        top = gap + row * pitch
+        pen.text((margin - 8, top + size // 2), name.replace("_", " "), fill="black", font=font, anchor="rm")
+        for column in range(examples):
+            scene = draw(0, "train", row + len(CLASSES) * column, size).image
+            sheet.paste(Image.fromarray(scene), (margin + gap + column * pitch, top))
+    with atomic(path) as temporary:
+        sheet.quantize(128, dither=Image.Dither.FLOYDSTEINBERG).save(temporary, format="png", optimize=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer images and epochs")
     parser.add_argument("--epochs", type=int, help="epochs of the network")
+    parser.add_argument("--picture", type=Path, help="draw the grid of classes there, and measure nothing")
     options = parser.parse_args()
+    if options.picture:
+        grid(options.picture)
+        return
     bank_count, val_count, labelled, epochs = (2000, 500, 2000, 3) if options.quick else (4000, 1000, 8000, 8)
     epochs = options.epochs or epochs
 
