@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Masks = NDArray[np.bool_]
 
-VERSION = 3
+VERSION = 4
 """Changes whenever a drawing changes: part of every cache key and fingerprint."""
 SPLITS = ("train", "val")
 TILT = 0.45
@@ -75,8 +75,8 @@ def draw(seed: int, split: str, index: int, size: int = 64) -> Drawing:
     rng = _generator(seed, split, index, 0)
     canvas = _Canvas(rng, size, size)
     canvas.scatter_clutter(rng, int(rng.integers(0, 5)), 0.12)
-    radius = rng.uniform(0.32, 0.5)
-    place = 0.5 + rng.uniform(-1, 1, 2) * (0.5 - 0.4 * radius)
+    radius = rng.uniform(0.34, 0.5)
+    place = 0.5 + rng.uniform(-1, 1, 2) * (0.5 - 0.6 * radius)
     canvas.paint(rng, index % len(KINDS), radius, place)
     return canvas.finish(rng)
 
@@ -139,7 +139,7 @@ class _Canvas:
         if kind.pattern not in CENTRED:
             p, q = p + np.float32(rng.uniform(0, 2 * np.pi)), q + np.float32(rng.uniform(0, 2 * np.pi))
         field = PATTERNS[kind.pattern](p, q) * np.float32(radius * self.unit / frequency)
-        one, other = _two_colours(rng, rng.uniform(0.5, 0.75))
+        one, other = _two_colours(rng, rng.uniform(0.5, 0.85))
         surface = one + (other - one) * np.clip(field + np.float32(0.5), 0, 1)[..., None]
         distance = SHAPES[kind.shape](u, v) * np.float32(radius)
         self.blend(surface, distance)
@@ -168,7 +168,7 @@ class _Canvas:
         return Drawing((np.clip(self.pixels, 0, 1) * 255 + np.float32(0.5)).astype(np.uint8), things, self.clutter)
 
 
-COLOURED_LIGHT = 0.25
+COLOURED_LIGHT = 0.23
 _CHROMA = np.array([(0.7, -0.3, -0.2), (-0.35, 0.3, -0.75)], np.float32)
 """Two directions of colour that leave the luminance (nearly) as it is."""
 
