@@ -24,9 +24,13 @@ def weighted_pooling(x: Tensor, g: Tensor, kernels: Tensor, bias: Tensor | None)
     multiplier ``t`` has them; ``bias`` is ``(c * t)``.
     """
     _, c, h, w = x.shape
+    before, after = (kernels.shape[-1] - 1) // 2, kernels.shape[-1] // 2
+    near, far = min(before, max(h, w) - 1), min(after, max(h, w) - 1)
+    window = slice(before - near, before + far + 1)  # farther away there are only zeros
+    kernels = kernels[..., window, window]
     size = kernels.shape[-1]
     maps = correlate(x, g, size).flatten(2)  # b c k*k
-    tokens = torch.einsum("bcd,ctd->btc", maps, kernels.view(c, -1, size * size).to(maps.dtype)) / (h * w)
+    tokens = torch.einsum("bcd,ctd->btc", maps, kernels.reshape(c, -1, size * size).to(maps.dtype)) / (h * w)
     if bias is not None:
         tokens = tokens + x.mean((2, 3)).unsqueeze(1) * bias.view(c, -1).T
     return tokens
