@@ -39,6 +39,15 @@ def test_one_extreme_value_among_many_keeps_its_poisson_counts():
     assert bootstrap_ci(values) == pytest.approx((0, 3), abs=1e-2)
 
 
+def test_values_that_an_extreme_one_squeezes_into_one_cell_still_vary():
+    rng = np.random.default_rng(0)
+    values = rng.uniform(0, 1, 1_000_000)
+    values[7] = 256.0  # the others share one of the cells between 0 and 256
+    sums = values[:7].sum() + values[8:].sum() + 256 * rng.poisson(1, 200_000) + np.sqrt(1e6 / 12) * rng.normal(size=200_000)
+    low, high = np.quantile(sums / 1e6, (0.025, 0.975))
+    assert bootstrap_ci(values) == pytest.approx((low, high), abs=0.03 * (high - low))
+
+
 def test_interval_covers_the_mean_in_95_of_100_samples():
     rng = np.random.default_rng(3)
     covered = []
