@@ -1,9 +1,11 @@
 """Features: one pass of an encoder over a split, kept on disk (``feature_store``) and not computed twice."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -232,6 +234,7 @@ def _batches(
     images: ImageSet, transform: EvaluationTransform, how: Pass, start: int = 0
 ) -> Iterator[tuple[Tensor, list[Corrupt], float]]:
     """The images from ``start`` on as in ``decoded_batches``, and why some could not be decoded."""
+    forked = how.workers > 0 and sys.platform == "linux"
     loader = DataLoader(
         _Decoded(images, transform, start),
         batch_size=how.batch_size,
@@ -240,7 +243,8 @@ def _batches(
         pin_memory=how.device.type == "cuda",
         prefetch_factor=4 if how.workers else None,
         # Forked workers start at once and end when this process is killed; those of a fork server outlive it.
-        multiprocessing_context="fork" if how.workers and sys.platform == "linux" else None,
+        multiprocessing_context="fork" if forked else None,
+        worker_init_fn=partial(_end_without, os.getpid()) if forked else None,
     )
     iterator = iter(loader)
     while True:
@@ -249,6 +253,12 @@ def _batches(
         if batch is None:
             return
         yield *batch, time.monotonic() - before
+
+
+def _end_without(parent: int, _worker: int) -> None:
+    """End a worker whose parent was killed while it started: torch's own watch would take its new parent for the true one."""
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _collate(items: list[tuple[Tensor, Corrupt | None]]) -> tuple[Tensor, list[Corrupt]]:

@@ -7,12 +7,14 @@ import resource
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from downstream import features
 from downstream.features import KINDS, Pass, extract, extracted
 from mte_bench.data.sources import ImageSet
 from mte_bench.data.transforms import EvaluationTransform
@@ -259,12 +261,14 @@ def done(start, *arguments, **options):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_five_kills_at_random_moments_never_yield_a_wrong_feature(tmp_path, start, workers):
     undisturbed = done(start, tmp_path / "undisturbed" / "cache")
-    cache, log = tmp_path / "killed" / "cache", tmp_path / "killed" / "log"
+    cache, log, orphans = tmp_path / "killed" / "cache", tmp_path / "killed" / "log", []
     for number, images in enumerate(random.Random(workers).sample(range(1, 19), 5)):
         log.unlink(missing_ok=True)
         process, _ = start(cache, delay=0.002, workers=workers)
         while len(decoded(log)) < images:
             time.sleep(0.0005)
+        os.kill(process.pid, signal.SIGSTOP)
+        orphans += children(process.pid)
         os.kill(process.pid, signal.SIGKILL)
         while alive(process.pid):  # its workers live on for some seconds; nothing waits for them
             time.sleep(0.001)
@@ -277,6 +281,25 @@ def test_five_kills_at_random_moments_never_yield_a_wrong_feature(tmp_path, star
     finished = done(start, cache)
     assert all(np.array_equal(finished[kind], undisturbed[kind]) for kind in undisturbed)
     assert workers or 0 < len(decoded(log)) < 96  # it went on, it did not start again
+    deadline = time.monotonic() + 30
+    while (left := [pid for pid in orphans if alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left  # workers end, also those that had only just started
+
+
+def test_a_worker_ends_if_its_parent_died_before_it_could_watch_it(monkeypatch):
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    features._end_without(os.getppid(), 0)
+    with pytest.raises(SystemExit):
+        features._end_without(os.getppid() + 1, 0)
+
+
+def children(pid):
+    listing = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in listing.read_text().split()] if listing.exists() else []
 
 
 def alive(pid):
