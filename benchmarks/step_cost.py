@@ -83,8 +83,8 @@ class Step:
         """The loss of a step."""
         with autocast(self.device, self.precision):
             vectors = mte.teacher_vectors(self.teacher, groups, self.recipe)
-            targets = [self.method.target(vector, 1) for vector in vectors]
-            self.vectors = vectors
+            targets = mte.targets(self.method, vectors, 1)
+            self.vectors = mte.lead(vectors)
             return mte.loss(self.method, self.student(groups), targets, self.recipe)["loss"]
 
     def __call__(self, groups: list[Tensor]) -> float:
@@ -97,7 +97,7 @@ class Step:
         self.optimiser.zero_grad(set_to_none=True)
         self.ema.update(0.996)
         with torch.no_grad():
-            self.method.update([torch.cat(self.vectors)])
+            self.method.update([torch.cat(self.vectors)], [])
         _wait(self.device)
         return time.perf_counter() - started
 

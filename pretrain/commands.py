@@ -26,11 +26,13 @@ def pretrain(
     from mte_bench.console import log, show_json, show_table
     from mte_bench.data.sources import open_source, take
     from mte_bench.device import pick_device, pick_precision
-    from pretrain import distributed
+    from pretrain import distributed, mte
+    from pretrain.methods import METHODS
     from pretrain.recipe import load_recipe
     from pretrain.trainer import Trainer
 
     settings = load_recipe(recipe, set_)
+    mte.check(settings, METHODS[settings.method])
     rank, processes = distributed.start(device)
     try:
         images = open_source(data, "train")

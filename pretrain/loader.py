@@ -7,6 +7,7 @@ the number of processes or workers nor on where a run was stopped.
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mte_bench.data.sources import ImageSet
 from mte_bench.errors import CorruptImage, UserError
+from pretrain.masks import Masking, draw_mask
 from pretrain.recipe import Recipe, Views
 from pretrain.views import Draws, make_views, readable
 
@@ -31,6 +33,8 @@ class Batch(NamedTuple):
     """(b,) int64, -1 where there is none."""
     indices: Tensor
     """(b,) int64: the images that the views were made of."""
+    masks: Tensor | None
+    """(2, b, rows * columns) bool: which patches of the global views the student does not see; None without masking."""
     corrupt: dict[str, str]
     """Images that could not be read, by name, and why; others stand in their place."""
 
@@ -93,9 +97,9 @@ class ViewDataset(Dataset[Batch | UserError]):
     label and index, but the random choices of the image it replaces. At most ``allow_corrupt`` are passed over in a row.
     """
 
-    def __init__(self, images: ImageSet, views: Views, *, seed: int = 0, allow_corrupt: int = 0):
+    def __init__(self, images: ImageSet, views: Views, *, seed: int = 0, allow_corrupt: int = 0, masks: "Grid | None" = None):
         self.images, self.views, self.allow_corrupt = images, views, allow_corrupt
-        self.draws = Draws(seed)
+        self.draws, self.masks = Draws(seed), masks
 
     def __getitem__(self, keys: Sequence[Key]) -> Batch | UserError:
         taken: list[int] = []
@@ -111,7 +115,25 @@ class ViewDataset(Dataset[Batch | UserError]):
             groups = make_views(read(), keys, self.views, self.draws)
         except UserError as error:  # a worker would wrap it in its traceback
             return error
-        return Batch(groups, torch.from_numpy(self.images.labels[taken]), torch.tensor(taken), corrupt)
+        masks = None if self.masks is None else self.masks.draw(keys, len(groups[0]), self.draws)
+        return Batch(groups, torch.from_numpy(self.images.labels[taken]), torch.tensor(taken), masks, corrupt)
+
+
+class Grid(NamedTuple):
+    """Masks of ``rows`` x ``columns`` patches."""
+
+    masking: Masking
+    rows: int
+    columns: int
+
+    def draw(self, keys: Sequence[Key], views: int, draws: Draws) -> Tensor:
+        """Masks (views, n, rows * columns) of the images with these ``keys``."""
+        masks = np.empty((views, len(keys), self.rows, self.columns), np.bool_)
+        for place, (epoch, index) in enumerate(keys):
+            generator = draws.masks(epoch, index)
+            for view in range(views):
+                masks[view, place] = draw_mask(self.masking, self.rows, self.columns, epoch, generator)
+        return torch.from_numpy(masks).flatten(2)
 
 
 def view_loader(
@@ -124,6 +146,7 @@ def view_loader(
     workers: int = 2,
     pin_memory: bool = False,
     allow_corrupt: int = 0,
+    masks: Grid | None = None,
 ) -> Iterator[Batch]:
     """The batches of all micro-steps from optimiser step ``first_step`` to the end of the run, for process (rank, processes).
 
@@ -141,7 +164,7 @@ def view_loader(
         accumulate=recipe.accumulate,
     )
     loader = DataLoader(
-        ViewDataset(images, recipe.views, seed=seed, allow_corrupt=allow_corrupt),
+        ViewDataset(images, recipe.views, seed=seed, allow_corrupt=allow_corrupt, masks=masks),
         batch_size=None,  # the sampler gives whole batches
         sampler=sampler,
         collate_fn=_as_it_is,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mte_bench.encoders.heads import StackedLinear
 from pretrain.recipe import Optimiser
+from pretrain.schedules import cosine, warmup_cosine
 
 
 def build_optimiser(student: nn.Module, settings: Optimiser, device: torch.device) -> torch.optim.AdamW:
@@ -18,9 +19,24 @@ def build_optimiser(student: nn.Module, settings: Optimiser, device: torch.devic
     plain: list[nn.Parameter] = []
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            (plain if parameter.ndim == 1 or name.endswith("bias") else decayed).append(parameter)
+            (plain if settings.decay == "weights" and _undecayed(name, parameter) else decayed).append(parameter)
     groups = [{"params": decayed, "decayed": True}, {"params": plain, "weight_decay": 0.0, "decayed": False}]
     return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=device.type in ("cpu", "cuda"))
+
+
+def _undecayed(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim == 1 or name.endswith(("bias", "relative_position_bias_table"))
+
+
+def learning_rate(step: int, total: int, steps_per_epoch: int, settings: Optimiser, batch_size: int) -> float:
+    """The rate of ``step`` in a run of ``total`` steps."""
+    scale = batch_size / settings.lr_per
+    warmup = round(settings.warmup_epochs * steps_per_epoch)
+    peak, end = settings.lr * scale, settings.min_lr * (scale if settings.min_lr_scaled else 1)
+    if settings.warmup_cuts:
+        start = settings.warmup_from * scale
+        return start + step * (peak - start) / warmup if step < warmup else cosine(step, total, peak, end)
+    return warmup_cosine(step, total, peak, end, warmup, settings.warmup_from * scale)
 
 
 def set_rates(optimiser: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
@@ -47,6 +63,11 @@ def clip_per_tensor(modules: nn.Module, limit: float) -> Tensor:
     factors = (limit / (norms + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(gradients, list(factors.unbind(0)))
     return norms.max()
+
+
+def clip_whole(modules: nn.Module, limit: float) -> Tensor:
+    """Scale all gradients to a joint L2 norm of at most ``limit``, in place; returns that norm."""
+    return nn.utils.clip_grad_norm_([p for p in modules.parameters() if p.grad is not None], limit)
 
 
 class EMA:

@@ -70,7 +70,17 @@ class Optimiser(Settings):
     weight_decay_end: float = Field(0.4, ge=0)
     """Weight decay follows a cosine from ``weight_decay`` to this over the run; 1-D parameters and biases have none."""
     clip: float | None = 3.0
-    """Largest L2 norm of each parameter tensor's own gradient (DINO clips per tensor); null does not clip."""
+    """Largest L2 norm of the gradient; null does not clip."""
+    clip_norm: Literal["tensor", "whole"] = "tensor"
+    """Whether ``clip`` bounds each parameter tensor's own gradient, as in DINO, or the norm of all of them together."""
+    decay: Literal["weights", "all"] = "weights"
+    """What weight decay applies to: all but biases, 1-D parameters and Swin's relative position tables; or everything."""
+    warmup_from: float = Field(0.0, ge=0)
+    """Where the warm-up starts, scaled like ``lr``."""
+    min_lr_scaled: bool = False
+    """Whether ``min_lr`` is scaled like ``lr``."""
+    warmup_cuts: bool = False
+    """Whether the warm-up hides the beginning of a cosine over the whole run (timm's schedule, MoBY's), or comes before it."""
 
 
 class MTE(AuxiliarySettings):
@@ -81,13 +91,23 @@ class MTE(AuxiliarySettings):
     fusion: Literal["mean", "sum", "normalised-mean", "concat"] = "mean"
     """How projections become one vector. The mean equals the sum once the method normalises it;
     ``normalised-mean`` first gives each projection unit length, ``concat`` is followed by a linear layer."""
-    weights: tuple[float, float] = (0.5, 0.5)
-    """Weights of the fused (4) and the global (5) loss in equation (6). They add up to the base method's scale, so
-    that clipping keeps its meaning; HSSL, by the same first author, does the same."""
+    weights: tuple[float, float] | None = None
+    """Weights of the fused (4) and the global (5) loss in equation (6); null is 1/2 and 1/2. They add up to the base
+    method's scale, so that clipping keeps its meaning; HSSL, by the same first author, does the same. With labels
+    (equation 9) null is 1 and 1: the global token has no other loss there."""
     local_views: Literal["both", "global"] = "both"
     """Which of the student's vectors local views have: HSSL gives them both."""
-    target: Literal["fused", "global"] = "fused"
-    """What of the teacher both losses are computed against; ``global`` is for checks against the plain method."""
+    target: Literal["fused", "global", "each"] = "fused"
+    """What of the teacher both losses are computed against. ``each`` compares the global token with the teacher's global
+    token, so that nothing is distilled into it (Fig. 13); ``global`` is for checks against the plain method."""
+    frozen: bool = False
+    """Leave the auxiliary part as it was initialised and train the global token alone, by the plain loss (Fig. 12)."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.frozen and self.target != "global":
+            raise ValueError("frozen auxiliary tokens cannot be a target; set mte.target=global with mte.frozen=true")
+        return self
 
 
 class Recipe(Settings):
@@ -124,6 +144,14 @@ class Recipe(Settings):
         if self.views.global1.size != self.views.global2.size:
             raise ValueError("views.global1.size and views.global2.size must be equal")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pooled_tokens_only(cls, values: Any) -> Any:
+        """A Swin, which has no CLS token, gets no auxiliary ones unless they are asked for."""
+        if isinstance(values, dict) and isinstance(values.get("mte"), dict) and str(values.get("arch")).startswith("swin"):
+            return {**values, "mte": {"auxiliary_cls": 0, **values["mte"]}}
+        return values
 
     def for_smoke(self, processes: int) -> "Recipe":
         """The same recipe cut to one epoch of small batches: to see that everything runs, not to learn anything."""

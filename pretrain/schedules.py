@@ -11,14 +11,14 @@ def cosine(step: int, total: int, start: float, end: float) -> float:
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * min(step, total) / total))
 
 
-def warmup_cosine(step: int, total: int, peak: float, end: float, warmup: int) -> float:
-    """A line from 0 to ``peak`` over ``warmup`` steps, then ``cosine`` from ``peak`` to ``end`` over the others.
+def warmup_cosine(step: int, total: int, peak: float, end: float, warmup: int, start: float = 0.0) -> float:
+    """A line from ``start`` to ``peak`` over ``warmup`` steps, then ``cosine`` from ``peak`` to ``end`` over the others.
 
     As in DINO the line includes both its ends, so ``peak`` is given twice: at step ``warmup - 1`` and at step ``warmup``.
     A run shorter than its warm-up ends on the line.
     """
     if step < warmup:
-        return _line(step, warmup, 0.0, peak)
+        return _line(step, warmup, start, peak)
     return cosine(step - warmup, total - warmup, peak, end)
 
 

@@ -25,13 +25,13 @@ from mte_bench.errors import UserError
 from mte_bench.files import write_text
 from pretrain import distributed, mte, state
 from pretrain.live import CURVES, Curves, LiveLine
-from pretrain.loader import Batch, StepSampler, epoch_order, view_loader
+from pretrain.loader import Batch, Grid, StepSampler, epoch_order, view_loader
 from pretrain.methods import METHODS
 from pretrain.methods.base import mean_over_processes
 from pretrain.monitor import knn_top1
-from pretrain.optimiser import EMA, build_optimiser, clip_per_tensor, drop_gradients, set_rates
+from pretrain.optimiser import EMA, build_optimiser, clip_per_tensor, clip_whole, drop_gradients, learning_rate, set_rates
 from pretrain.recipe import Recipe
-from pretrain.schedules import cosine, warmup_cosine
+from pretrain.schedules import cosine
 from pretrain.views import draw_views, normalise
 
 LINES_PER_EPOCH = 20
@@ -74,7 +74,7 @@ class Trainer:
 
         kind = METHODS[recipe.method]
         torch.manual_seed(seed)
-        self.method = kind(kind.Settings.check(recipe.method_settings, "method_settings")).to(device)
+        self.method = kind(kind.Settings.check(recipe.method_settings, "method_settings"), len(images.classes)).to(device)
         self.student = mte.Branch(recipe, self.method, student=True).to(device)
         self.teacher = mte.Branch(recipe, self.method, student=False).to(device)
         self.teacher.load_state_dict(self.student.state_dict(), strict=False)
@@ -114,6 +114,7 @@ class Trainer:
         student: Any = self.student
         if self.processes > 1:
             student = nn.parallel.DistributedDataParallel(self.student, broadcast_buffers=False, gradient_as_bucket_view=True)
+        masking = self.method.masking
         batches = view_loader(
             self.images,
             self.recipe,
@@ -123,6 +124,7 @@ class Trainer:
             workers=self.workers,
             pin_memory=self.device.type == "cuda",
             allow_corrupt=self.allow_corrupt,
+            masks=Grid(masking, *self.student.encoder.grid(self.recipe.views.global1.size)) if masking else None,
         )
         curves = Curves(self.out, self.step) if self.rank == 0 else None
         saved = started = time.monotonic()
@@ -150,25 +152,32 @@ class Trainer:
     def _step(self, student: Any, batches: Iterator[Batch]) -> dict[str, float]:
         """One optimiser step on the next global batch; returns the loss and what the schedules gave."""
         recipe, settings, spec = self.recipe, self.recipe.optimiser, self.student.encoder.spec
-        warmup = round(settings.warmup_epochs * self.steps_per_epoch)
-        peak = settings.lr * recipe.batch_size / settings.lr_per
-        lr = warmup_cosine(self.step, self.total_steps, peak, settings.min_lr, warmup)
+        lr = learning_rate(self.step, self.total_steps, self.steps_per_epoch, settings, recipe.batch_size)
         weight_decay = cosine(self.step, self.total_steps, settings.weight_decay, settings.weight_decay_end)
         momentum = cosine(self.step, self.total_steps, *recipe.momentum)
         set_rates(self.optimiser, lr, weight_decay)
 
         epoch = self.step // self.steps_per_epoch
-        teacher_vectors: list[Tensor] = []
+        if self.method.teacher_moves == "before":
+            self.ema.update(momentum)
+        teachers: list[mte.Vectors] = []
         sums: dict[str, Tensor] = {}
         for micro in range(recipe.accumulate):
             batch = next(batches)
             self.corrupt.update(batch.corrupt)
             groups = [normalise(group.to(self.device, non_blocking=True), spec.mean, spec.std) for group in batch.groups]
+            labels = masks = None
+            if self.method.labelled:
+                groups[0], labels = self.method.labels(
+                    groups[0], batch.labels.to(self.device), self._chance(self.rank * recipe.accumulate + micro + 1)
+                )
+            if batch.masks is not None:
+                masks = batch.masks.to(self.device, non_blocking=True)
             last = micro == recipe.accumulate - 1
             with nullcontext() if last or self.processes == 1 else student.no_sync():
-                parts, vectors = self.forward(student, groups, self._drop_path(groups, micro), epoch)
+                parts, vectors = self.forward(student, groups, self._drop_path(groups, micro), epoch, masks, labels)
                 self.scaler.scale(parts["loss"] / recipe.accumulate).backward()
-            teacher_vectors.append(vectors)
+            teachers.append(vectors)
             for key, value in parts.items():
                 sums[key] = sums.get(key, 0) + value.detach() / recipe.accumulate
         means = mean_over_processes(torch.stack([value.float() for value in sums.values()]))
@@ -178,33 +187,46 @@ class Trainer:
         drop_gradients(self.method.without_gradient(self.student, epoch))
         values |= self.update(momentum)
         with torch.no_grad():
-            self.method.update(teacher_vectors)
+            patches = [torch.stack(vectors.of_patches) for vectors in teachers if vectors.of_patches]
+            self.method.update([torch.cat(mte.lead(vectors)) for vectors in teachers if mte.lead(vectors)], patches)
         return values | {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
 
     def forward(
-        self, student: nn.Module, groups: list[Tensor], drop_path: list[Tensor | None], epoch: int
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """The loss and its parts for one micro-batch, and the teacher's vectors of all views, stacked."""
+        self,
+        student: nn.Module,
+        groups: list[Tensor],
+        drop_path: list[Tensor | None],
+        epoch: int,
+        masks: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor], mte.Vectors]:
+        """The loss and its parts for one micro-batch, and the teacher's vectors (none where ``labels`` are the target)."""
         with autocast(self.device, self.precision):
-            vectors = mte.teacher_vectors(self.teacher, groups, self.recipe)
-            targets = [self.method.target(vector, epoch) for vector in vectors]
-            return mte.loss(self.method, student(groups, drop_path), targets, self.recipe), torch.cat(vectors)
+            if labels is None:
+                vectors = mte.teacher_vectors(self.teacher, groups, self.recipe, patches=masks is not None)
+                targets = mte.targets(self.method, vectors, epoch)
+            else:
+                vectors, targets = mte.Vectors(None, None), mte.Targets([labels], [labels], [])
+            own = student(groups, drop_path, masks, of_fused=mte.student_wants(self.recipe))
+            return mte.loss(self.method, own, targets, self.recipe, masks, epoch), vectors
 
     def update(self, momentum: float) -> dict[str, float]:
         """Clip, step the student and move the teacher; returns the largest gradient norm where gradients are clipped."""
         self.scaler.unscale_(self.optimiser)
         values = {}
         if self.recipe.optimiser.clip is not None:
-            values["grad_norm"] = clip_per_tensor(self.student, self.recipe.optimiser.clip).item()
+            clip = clip_per_tensor if self.recipe.optimiser.clip_norm == "tensor" else clip_whole
+            values["grad_norm"] = clip(self.student, self.recipe.optimiser.clip).item()
         self.scaler.step(self.optimiser)
         self.scaler.update()
         self.optimiser.zero_grad(set_to_none=True)
-        self.ema.update(momentum)
+        if self.method.teacher_moves == "after":
+            self.ema.update(momentum)
         return values
 
     def _drop_path(self, groups: list[Tensor], micro: int) -> list[Tensor | None]:
         """Draws of stochastic depth for this process's images, cut out of the global batch's."""
-        generator = torch.Generator().manual_seed((self.seed << 40) + self.step)
+        generator = torch.Generator().manual_seed(self._chance())
         start = (self.rank * self.recipe.accumulate + micro) * self.micro_batch
         draws: list[Tensor | None] = []
         for group in groups:
@@ -214,6 +236,10 @@ class Trainer:
                 drawn = drawn.view(-1, views, self.recipe.batch_size)[:, :, start : start + size].flatten(1).to(self.device)
             draws.append(drawn)
         return draws
+
+    def _chance(self, part: int = 0) -> int:
+        """A seed for what is drawn in this step for the whole global batch or, from 1, for a part of it."""
+        return (self.seed << 40) + (part << 32) + self.step
 
     def _stop_at_non_finite(self, loss: float, epoch: int) -> None:
         """Name what is needed to look into it; nothing of this step has touched weights or state."""

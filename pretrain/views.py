@@ -56,6 +56,11 @@ class Draws:
         self._go_to(1, 0, epoch)
         return self.generator.permutation(images)
 
+    def masks(self, epoch: int, index: int) -> np.random.Generator:
+        """What the masks of an image's views are drawn from; good until the next call of this object."""
+        self._go_to(2, index, epoch)
+        return self.generator
+
     def _go_to(self, purpose: int, index: int, epoch: int) -> None:
         self.generator.bit_generator.state = {
             "bit_generator": "Philox",

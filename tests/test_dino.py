@@ -32,7 +32,7 @@ def test_loss_gradient_and_centre_equal_lightly(views: int, epoch: int) -> None:
         expected = peer(list(teacher), list(theirs), epoch=epoch)
         loss.backward()
         expected.backward()
-        method.update([teacher.flatten(0, 1)])
+        method.update([teacher.flatten(0, 1)], [])
         assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(method.centre, peer.center[0], rtol=1e-6, atol=1e-6)

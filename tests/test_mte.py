@@ -39,7 +39,7 @@ def branches(recipe: Recipe) -> tuple[DINO, mte.Branch, mte.Branch]:
 def forward(recipe: Recipe, groups: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     method, student, teacher = branches(recipe)
     method.double()
-    targets = [method.target(vector, 0) for vector in mte.teacher_vectors(teacher, groups, recipe)]
+    targets = mte.targets(method, mte.teacher_vectors(teacher, groups, recipe), 0)
     return mte.loss(method, student(groups), targets, recipe)
 
 
@@ -92,7 +92,8 @@ def test_equations_4_to_6_by_hand() -> None:
         terms = [-(target[q] * torch.log_softmax(outputs[v] / 0.1, -1)).sum(-1).mean() for q, v in ((0, 1), (1, 0))]
         return sum(terms) / 2
 
-    found = mte.loss(method, student(groups), [method.target(v, 0) for v in mte.teacher_vectors(teacher, groups, recipe)], recipe)
+    targets = mte.targets(method, mte.teacher_vectors(teacher, groups, recipe), 0)
+    found = mte.loss(method, student(groups), targets, recipe)
     torch.testing.assert_close(found["loss_fused"], cross_entropy(fused))
     torch.testing.assert_close(found["loss_global"], cross_entropy(glob))
     torch.testing.assert_close(found["loss"], (cross_entropy(fused) + cross_entropy(glob)) / 2)
@@ -102,7 +103,7 @@ def test_no_gradient_reaches_the_teacher_and_all_of_the_student() -> None:
     recipe = Recipe(**TINY, mte={})
     method, student, teacher = branches(recipe)
     method.double()
-    targets = [method.target(v, 0) for v in mte.teacher_vectors(teacher, views(2), recipe)]
+    targets = mte.targets(method, mte.teacher_vectors(teacher, views(2), recipe), 0)
     mte.loss(method, student(views(2)), targets, recipe)["loss"].backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     without = [name for name, p in student.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]

@@ -1,7 +1,7 @@
 """The embedded data: textured things on textured grounds, drawn from (seed, split, index) by code alone.
 
 A class is a silhouette with a surface pattern. Everything else is nuisance: colours, which of the two colours is the
-lighter, place, size, tilt, phase and scale of the pattern, ground, clutter, coloured and slanting light, noise. Masks come
+lighter, place, size, tilt, phase and scale of the pattern, ground, clutter, slanting light, noise. Masks come
 from the drawing itself, so they are exact. What the classes cost pixels, networks and random encoders is measured by
 ``benchmarks/scenes_difficulty.py``.
 """
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Masks = NDArray[np.bool_]
 
-VERSION = 4
+VERSION = 5
 """Changes whenever a drawing changes: part of every cache key and fingerprint."""
 SPLITS = ("train", "val")
 TILT = 0.45
@@ -106,7 +106,7 @@ class _Canvas:
         self.unit = min(height, width)
         y, x = np.mgrid[:height, :width].astype(np.float32)
         self.x, self.y = (x + np.float32(0.5)) / self.unit, (y + np.float32(0.5)) / self.unit
-        dark, light = _two_colours(rng, rng.uniform(0.05, 0.35))
+        dark, light = _two_colours(rng, rng.uniform(0.02, 0.12))
         waves = np.sum([self.ripples(rng, *rng.uniform(3, 40, 2)) for _ in range(3)], axis=0)
         share = np.clip(waves * np.float32(0.35) + np.float32(0.5), 0, 1)
         self.pixels: Floats = dark + (light - dark) * share[..., None]
@@ -134,7 +134,7 @@ class _Canvas:
         kind = KINDS[label]
         u, v = _turned(self.x - np.float32(place[0]), self.y - np.float32(place[1]), rng.uniform(-TILT, TILT), 1 / radius)
         v = v * np.float32(rng.uniform(0.85, 1.18))
-        frequency = 2 * np.pi * rng.uniform(2.1, 2.9)  # radians per radius
+        frequency = 2 * np.pi * rng.uniform(3.5, 5.5)  # radians per radius
         p, q = u * np.float32(frequency), v * np.float32(frequency)
         if kind.pattern not in CENTRED:
             p, q = p + np.float32(rng.uniform(0, 2 * np.pi)), q + np.float32(rng.uniform(0, 2 * np.pi))
@@ -155,22 +155,15 @@ class _Canvas:
         self.pixels += (colour - self.pixels) * cover
 
     def finish(self, rng: np.random.Generator, least_seen: float = 0.0) -> Drawing:
-        """Light from one side, patches of coloured light, noise; then bytes."""
+        """Light from one side, noise; then bytes."""
         slope, _ = _turned(self.x - np.float32(0.5), self.y - np.float32(0.5), rng.uniform(0, 2 * np.pi))
         self.pixels *= (1 + np.float32(rng.uniform(0, 0.5)) * slope)[..., None]
-        for axis in _CHROMA:
-            self.pixels += self.ripples(rng, *rng.uniform(4, 8, 2))[..., None] * (axis * np.float32(COLOURED_LIGHT))
         self.pixels += rng.standard_normal(self.pixels.shape, np.float32) * np.float32(rng.uniform(0, 0.04))
         for thing, whole in self.things:
             if thing.mask.sum() < least_seen * whole:
                 self.clutter |= thing.mask
         things = tuple(thing for thing, whole in self.things if thing.mask.any() and thing.mask.sum() >= least_seen * whole)
         return Drawing((np.clip(self.pixels, 0, 1) * 255 + np.float32(0.5)).astype(np.uint8), things, self.clutter)
-
-
-COLOURED_LIGHT = 0.23
-_CHROMA = np.array([(0.7, -0.3, -0.2), (-0.35, 0.3, -0.75)], np.float32)
-"""Two directions of colour that leave the luminance (nearly) as it is."""
 
 
 def _turned(x: Floats, y: Floats, angle: float, scale: float = 1.0) -> tuple[Floats, Floats]:
@@ -184,7 +177,7 @@ def _two_colours(rng: np.random.Generator, contrast: float) -> tuple[Floats, Flo
     Their middle stays near grey: overall brightness is the first thing that encoders tell images apart by.
     """
     middle, half = rng.uniform(0.4, 0.6), contrast / 2 * rng.choice((-1, 1))
-    tints = rng.uniform(-0.12, 0.12, (2, 3))
+    tints = rng.uniform(-0.08, 0.08, (2, 3))
     tints -= tints.mean(axis=1, keepdims=True)
     one, other = np.clip(np.array([[middle - half], [middle + half]]) + tints, 0, 1).astype(np.float32)
     return one, other

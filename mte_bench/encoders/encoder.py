@@ -112,6 +112,22 @@ class Encoder(nn.Module):
         return [block for stage in self.model.layers for block in stage.blocks]  # type: ignore[union-attr]
 
     @property
+    def reduction(self) -> int:
+        """How many embedded patches lie along the side of a patch token: 1 for a ViT, 8 for a Swin of four stages."""
+        return 1 if self.is_vit else 2 ** (len(self.model.layers) - 1)  # type: ignore[arg-type]
+
+    @property
+    def embedded_width(self) -> int:
+        """Width of the patch embedding."""
+        return int(self.model.patch_embed.proj.out_channels)  # type: ignore[union-attr, arg-type]
+
+    def grid(self, size: int) -> tuple[int, int]:
+        """Rows and columns of the patch tokens of a square image of ``size`` pixels."""
+        patch: tuple[int, int] = self.model.patch_embed.patch_size  # type: ignore[union-attr, assignment]
+        rows, columns = (size // side // self.reduction for side in patch)
+        return rows, columns
+
+    @property
     def num_heads(self) -> int:
         """Attention heads of the last block."""
         return self.block_list[-1].attn.num_heads  # type: ignore[union-attr, return-value]
@@ -137,27 +153,38 @@ class Encoder(nn.Module):
         cut_attention: bool = True,
         blocks: Sequence[int] = (),
         attention: bool = False,
+        masks: Tensor | None = None,
+        mask_token: Tensor | None = None,
     ) -> Tokens:
         """Encode ``images`` (``b c h w``, normalised by the spec's mean and std; other sizes than trained on work).
 
         ``auxiliary`` (``a c``) are auxiliary CLS tokens; ``sight`` is what their queries may see besides the patches.
         ``cut_attention=False`` joins them into the sequence, so that the kept tokens see them too (Table 16).
         ``blocks`` (indices, negative from the end) asks for the tokens after those blocks, ``attention`` for the CLS
-        attention of the last block.
+        attention of the last block. Where ``masks`` (``b n``, bool) is True, ``mask_token`` (``1 e``) stands in for the patch
+        embedding (before positions are added); a Swin's mask covers all embeddings that become a patch token.
         """
         depth = len(self.block_list)
         wanted = [index % depth for index in blocks]
         if not self.has_cls and (auxiliary is not None or attention):
             raise UserError(f"{self.spec.arch} has no CLS token: auxiliary CLS tokens and CLS attention need a ViT that has one")
         if self.is_vit:
-            return self._vit(images, auxiliary, sight, cut_attention, wanted, attention)
-        return self._swin(images, wanted)
+            return self._vit(images, auxiliary, sight, cut_attention, wanted, attention, masks, mask_token)
+        return self._swin(images, wanted, masks, mask_token)
 
     def _vit(
-        self, images: Tensor, auxiliary: Tensor | None, sight: Sight, cut: bool, wanted: list[int], attention: bool
+        self,
+        images: Tensor,
+        auxiliary: Tensor | None,
+        sight: Sight,
+        cut: bool,
+        wanted: list[int],
+        attention: bool,
+        masks: Tensor | None,
+        mask_token: Tensor | None,
     ) -> Tokens:
         model = cast(VisionTransformer, self.model)
-        x = model.patch_embed(images)
+        x = _masked(model.patch_embed(images), masks, mask_token, 1)
         grid = (x.shape[1], x.shape[2])
         x = model.norm_pre(model.patch_drop(model._pos_embed(x)))
         prefix, length = model.num_prefix_tokens, x.shape[1]
@@ -188,9 +215,9 @@ class Encoder(nn.Module):
             attention=cls_attention,
         )
 
-    def _swin(self, images: Tensor, wanted: list[int]) -> Tokens:
+    def _swin(self, images: Tensor, wanted: list[int], masks: Tensor | None, mask_token: Tensor | None) -> Tokens:
         model = cast(SwinTransformer, self.model)
-        x = model.patch_embed(images)
+        x = _masked(model.patch_embed(images), masks, mask_token, self.reduction)
         kept: dict[int, tuple[Tensor, Tensor]] = {}
         index = 0
         for stage in model.layers:
@@ -264,6 +291,15 @@ def fresh_encoder(spec: EncoderSpec, seed: int = 0, drop_path: float = 0.0) -> E
         encoder = build_encoder(spec, drop_path)
         dino_init(encoder)
     return encoder
+
+
+def _masked(x: Tensor, masks: Tensor | None, mask_token: Tensor | None, reduction: int) -> Tensor:
+    """Embedded patches ``b h w e``, with ``mask_token`` where ``masks`` (``b n``, one for ``reduction ** 2`` patches) is True."""
+    if masks is None or mask_token is None:
+        return x
+    grid = masks.view(len(x), x.shape[1] // reduction, x.shape[2] // reduction)
+    hidden = grid.repeat_interleave(reduction, 1).repeat_interleave(reduction, 2).unsqueeze(-1)
+    return torch.where(hidden, mask_token.to(x.dtype), x)
 
 
 def _similar(arch: str) -> str:

@@ -36,8 +36,8 @@ class StackedBatchNorm(nn.BatchNorm1d):
     Under several processes the statistics are those of all their rows, on any device.
     """
 
-    def __init__(self, copies: int, channels: int):
-        super().__init__(copies * channels)
+    def __init__(self, copies: int, channels: int, affine: bool = True):
+        super().__init__(copies * channels, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
         """``copies b c`` to ``copies b c``."""
@@ -58,28 +58,51 @@ class StackedBatchNorm(nn.BatchNorm1d):
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum or 0.1)
             self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.momentum or 0.1)
-        return ((full - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias).to(rows.dtype)
+        normed = (full - mean) * torch.rsqrt(variance + self.eps)
+        return (normed * self.weight + self.bias if self.affine else normed).to(rows.dtype)
 
 
 class StackedMLP(nn.Module):
-    """``copies`` independent MLPs with GELU between their layers, as DINO's head before its prototypes.
+    """``copies`` independent MLPs, by default with GELU between their layers, as DINO's head before its prototypes.
 
-    ``batch_norm`` puts batch normalisation before each GELU. Weights are drawn truncated normal with ``std``.
+    ``batch_norm`` puts batch normalisation before each activation, ``last_norm`` one without weights after the last
+    layer (MoCo v3). ``bias`` says for each layer whether it has one. Weights are drawn truncated normal with ``std`` or,
+    if that is None, by nn.Linear's rule, biases then too.
     """
 
-    def __init__(self, copies: int, sizes: Sequence[int], std: float = 0.02, batch_norm: bool = False):
+    def __init__(
+        self,
+        copies: int,
+        sizes: Sequence[int],
+        std: float | None = 0.02,
+        batch_norm: bool = False,
+        activation: Literal["gelu", "relu"] = "gelu",
+        bias: bool | Sequence[bool] = True,
+        last_norm: bool = False,
+    ):
         super().__init__()
         self.copies = copies
-        self.layers = nn.ModuleList(StackedLinear(copies, *pair) for pair in pairwise(sizes))
+        biases = [bias] * (len(sizes) - 1) if isinstance(bias, bool) else bias
+        self.layers = nn.ModuleList(
+            StackedLinear(copies, *pair, bias=own) for pair, own in zip(pairwise(sizes), biases, strict=True)
+        )
         self.norms = nn.ModuleList(StackedBatchNorm(copies, size) if batch_norm else nn.Identity() for size in sizes[1:-1])
-        for layer in self.layers:
-            nn.init.trunc_normal_(cast(StackedLinear, layer).weight, std=std)
+        self.last_norm = StackedBatchNorm(copies, sizes[-1], affine=False) if last_norm else nn.Identity()
+        self.activation = F.gelu if activation == "gelu" else F.relu
+        for layer in cast(list[StackedLinear], list(self.layers)):
+            bound = layer.weight.shape[2] ** -0.5
+            if std is not None:
+                nn.init.trunc_normal_(layer.weight, std=std)
+                continue
+            nn.init.uniform_(layer.weight, -bound, bound)
+            if layer.bias is not None:
+                nn.init.uniform_(layer.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         """``copies b in`` to ``copies b out``."""
         for layer, norm in zip(self.layers, self.norms, strict=False):
-            x = F.gelu(norm(layer(x)))
-        return self.layers[-1](x)
+            x = self.activation(norm(layer(x)))
+        return self.last_norm(self.layers[-1](x))
 
 
 class Prototypes(nn.Module):

@@ -4,7 +4,7 @@ They exist during pre-training only; the encoder that is kept never depends on t
 open is a setting here, with the reason for its default.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -183,19 +183,19 @@ class AuxiliaryTokens(nn.Module):
         cls = [f"CLS {index + 1}" for index in range(self.settings.auxiliary_cls)]
         return (*cls, *(f"pooled {index + 1}" for index in range(self.settings.pooled)))
 
-    def encoder_tokens(self, encoder: Encoder, images: Tensor) -> Tokens:
-        """The encoder's tokens of ``images``, with the auxiliary CLS tokens in the sequence."""
+    def encoder_tokens(self, encoder: Encoder, images: Tensor, **how: Any) -> Tokens:
+        """The encoder's tokens of ``images``, with the auxiliary CLS tokens in the sequence; ``how`` goes to the encoder."""
         settings = self.settings
-        return encoder(images, auxiliary=self.cls, sight=settings.sight, cut_attention=settings.cut_attention)
+        return encoder(images, auxiliary=self.cls, sight=settings.sight, cut_attention=settings.cut_attention, **how)
 
     def pooled_from(self, tokens: Tokens) -> Tensor:
         """The patch tokens ``b n c`` that are pooled."""
         return tokens.patches if self.settings.pool_input == "normalised" else tokens.raw_patches
 
-    def encode(self, encoder: Encoder, images: Tensor) -> tuple[Tokens, Tensor]:
-        """Tokens of ``images`` and the auxiliary tokens ``b t c``, ready for their heads."""
+    def encode(self, encoder: Encoder, images: Tensor, **how: Any) -> tuple[Tokens, Tensor]:
+        """Tokens of ``images`` and the auxiliary tokens ``b t c``, ready for their heads; ``how`` goes to the encoder."""
         settings = self.settings
-        tokens = self.encoder_tokens(encoder, images)
+        tokens = self.encoder_tokens(encoder, images, **how)
         parts = []
         if self.cls is not None:
             aux = tokens.auxiliary

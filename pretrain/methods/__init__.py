@@ -2,7 +2,8 @@
 
 from pretrain.methods.base import Method
 from pretrain.methods.dino import DINO
+from pretrain.methods.ibot import IBOT
 
-METHODS: dict[str, type[Method]] = {"dino": DINO}
+METHODS: dict[str, type[Method]] = {"dino": DINO, "ibot": IBOT}
 
 __all__ = ["METHODS", "Method"]

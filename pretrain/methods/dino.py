@@ -40,7 +40,7 @@ class DINO(Method):
     settings: Settings
     centre: Tensor
 
-    def __init__(self, values: Settings):
+    def __init__(self, values: Settings, classes: int = 0):
         super().__init__(values)
         self.register_buffer("centre", torch.zeros(1, values.prototypes))
 
@@ -64,21 +64,29 @@ class DINO(Method):
 
     def target(self, vectors: Tensor, epoch: int) -> Tensor:
         """Probabilities of the teacher's prototypes: centred, then sharpened by this epoch's temperature."""
+        return F.softmax((full(vectors) - self.centre) / self.temperature(epoch), dim=-1)
+
+    def temperature(self, epoch: int) -> float:
+        """The teacher's in this epoch."""
         s = self.settings
-        temperature = teacher_temperature(
+        return teacher_temperature(
             epoch, s.warmup_teacher_temperature, s.teacher_temperature, s.warmup_teacher_temperature_epochs
         )
-        return F.softmax((full(vectors) - self.centre) / temperature, dim=-1)
 
     def pair(self, prediction: Tensor, target: Tensor, view: int) -> Tensor:
         """Cross-entropy, averaged over the batch."""
         return -(target * prediction).sum(-1).mean()
 
-    def update(self, vectors: list[Tensor]) -> None:
+    def update(self, vectors: list[Tensor], patches: list[Tensor]) -> None:
         """Move the centre towards the mean of the teacher's raw scores over views, batch and processes."""
-        mean = torch.stack([full(scores).mean(0, keepdim=True) for scores in vectors]).mean(0)
-        self.centre.lerp_(mean_over_processes(mean), 1 - self.settings.centre_momentum)
+        move_centre(self.centre, vectors, self.settings.centre_momentum)
 
     def without_gradient(self, branch: nn.Module, epoch: int) -> Iterable[nn.Parameter]:
         """The prototypes, for the first epochs."""
         return branch.tail.parameters() if epoch < self.settings.freeze_last_layer else ()  # type: ignore[union-attr]
+
+
+def move_centre(centre: Tensor, scores: list[Tensor], momentum: float) -> None:
+    """Move ``centre`` (``1 k``) towards the mean of ``scores`` (each ``... k``), equal micro-batches, over all processes."""
+    mean = torch.stack([full(part).flatten(0, -2).mean(0, keepdim=True) for part in scores]).mean(0)
+    centre.lerp_(mean_over_processes(mean), 1 - momentum)
