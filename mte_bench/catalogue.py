@@ -25,6 +25,17 @@ def rows(what: str, pattern: str = "*") -> list[Row]:
     return found
 
 
+def of_table(number: int) -> list[Row]:
+    """The recipes of the paper's table ``number`` in its order, with the numbers that it prints."""
+    recipes = {row["paper_row"]: row for row in rows("recipes") if row["paper_row"]}
+    found = []
+    for printed in rows("paper", f"tab{number}.*"):
+        recipe = recipes.get(printed["name"], {})
+        numbers = {key: value for key, value in printed.items() if key != "name"}
+        found.append({"recipe": recipe.get("name"), **numbers})
+    return found
+
+
 def _some(every: list[Row]) -> list[str]:
     """The names to choose a suggestion from; none if there are too many to print."""
     names = [row["name"] for row in every]

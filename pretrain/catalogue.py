@@ -13,7 +13,8 @@ def recipes() -> list[dict[str, Any]]:
         recipe = load_recipe(name)
         with open(RECIPES / f"{name}.yaml", encoding="utf-8") as file:
             about = file.readline().removeprefix("#").strip()
-        rows.append({"name": name, "method": recipe.title, "arch": recipe.arch, "epochs": recipe.epochs, "about": about})
+        row = {"name": name, "method": recipe.title, "arch": recipe.arch, "epochs": recipe.epochs}
+        rows.append({**row, "paper_row": recipe.paper_row, "about": about})
     return rows
 
 

@@ -114,6 +114,8 @@ class Recipe(Settings):
     """Everything that determines a pre-training run, apart from the data, the seed and the hardware."""
 
     description: str = ""
+    paper_row: str = ""
+    """The row of the paper that this is, e.g. ``tab5.4``: table 5, its fifth row in ``reports/paper.yaml``."""
     method: str
     method_settings: dict[str, Any] = {}
     """Settings of the method's own class, validated by it."""

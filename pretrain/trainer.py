@@ -86,7 +86,7 @@ class Trainer:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on: the result depends on it and on nothing else."""
         return {
-            "recipe": self.recipe.model_dump(mode="json", exclude={"description", "knn_every"}),
+            "recipe": self.recipe.model_dump(mode="json", exclude={"description", "paper_row", "knn_every"}),
             "seed": self.seed,
             "data": self.images.fingerprint,
             "precision": str(self.precision).removeprefix("torch."),
