@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 Masks = NDArray[np.bool_]
 
-VERSION = 7
+VERSION = 8
 """Changes whenever a drawing changes: part of every cache key and fingerprint."""
 SPLITS = ("train", "val")
-TILT = 0.75
+TILT = 0.45
 """Things stand upright, give or take so many radians."""
 
 
@@ -76,7 +76,7 @@ def draw(seed: int, split: str, index: int, size: int = 64) -> Drawing:
     canvas = _Canvas(rng, size, size)
     canvas.scatter_clutter(rng, int(rng.integers(0, 5)), 0.12)
     radius = rng.uniform(0.34, 0.5)
-    place = 0.5 + rng.uniform(-1, 1, 2) * (0.5 - 0.55 * radius)
+    place = 0.5 + rng.uniform(-1, 1, 2) * (0.5 - 0.6 * radius)
     canvas.paint(rng, index % len(KINDS), radius, place)
     return canvas.finish(rng)
 
@@ -157,7 +157,7 @@ class _Canvas:
     def finish(self, rng: np.random.Generator, least_seen: float = 0.0) -> Drawing:
         """Light from one side, noise; then bytes."""
         slope, _ = _turned(self.x - np.float32(0.5), self.y - np.float32(0.5), rng.uniform(0, 2 * np.pi))
-        self.pixels *= (1 + np.float32(rng.uniform(0, 0.25)) * slope)[..., None]
+        self.pixels *= (1 + np.float32(rng.uniform(0, 0.5)) * slope)[..., None]
         self.pixels += rng.standard_normal(self.pixels.shape, np.float32) * np.float32(rng.uniform(0, 0.04))
         for thing, whole in self.things:
             if thing.mask.sum() < least_seen * whole:
@@ -176,8 +176,8 @@ def _two_colours(rng: np.random.Generator, contrast: float) -> tuple[Floats, Flo
 
     Their middle stays near grey: overall brightness is the first thing that encoders tell images apart by.
     """
-    middle, half = rng.uniform(0.46, 0.54), contrast / 2 * rng.choice((-1, 1))
-    tints = rng.uniform(-0.05, 0.05, (2, 3))
+    middle, half = rng.uniform(0.4, 0.6), contrast / 2 * rng.choice((-1, 1))
+    tints = rng.uniform(-0.08, 0.08, (2, 3))
     tints -= tints.mean(axis=1, keepdims=True)
     one, other = np.clip(np.array([[middle - half], [middle + half]]) + tints, 0, 1).astype(np.float32)
     return one, other
