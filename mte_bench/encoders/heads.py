@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -103,6 +103,17 @@ class StackedMLP(nn.Module):
         for layer, norm in zip(self.layers, self.norms, strict=False):
             x = self.activation(norm(layer(x)))
         return self.last_norm(self.layers[-1](x))
+
+
+class Predictor(StackedMLP):
+    """A single MLP, ``b in`` to ``b out``; options are those of ``StackedMLP``."""
+
+    def __init__(self, sizes: Sequence[int], **options: Any):
+        super().__init__(1, sizes, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``b in`` to ``b out``."""
+        return super().forward(x.unsqueeze(0)).squeeze(0)
 
 
 class Prototypes(nn.Module):
