@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pretrain.methods
-from mte_bench.encoders.heads import StackedMLP
+from mte_bench.encoders.heads import StackedBatchNorm, StackedMLP
 from pretrain import state
 from pretrain.methods import METHODS, Method
+from pretrain.schedules import cosine
 from tiny import TINY, assert_same_end, first_steps, first_steps_in_two_processes, make, run_until
 
 SMALL = {"prototypes": 64, "hidden": 32, "bottleneck": 16, "output": 16, "queue": 16}
@@ -82,6 +83,48 @@ def test_two_processes_give_the_losses_and_gradients_of_one(
         for key in a:
             torch.testing.assert_close(b[key], a[key], rtol=1e-5, atol=1e-6 * largest, msg=lambda text, key=key: f"{key}: {text}")
     assert (one[0]["loss"] - one[1]["loss"]).abs() > 1e-6
+
+
+def test_batch_statistics_of_processes_hold_where_rows_differ_little(tmp_path: Path) -> None:
+    """As the global tokens of a fresh network do: a thousandth of their own size."""
+    rows = 100 + 0.1 * torch.randn(16, 8)
+    norm = StackedBatchNorm(1, 8)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        ours = norm._over_processes(rows)
+    finally:
+        torch.distributed.destroy_process_group()
+    theirs = F.batch_norm(rows.double(), None, None, training=True)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_teacher_moves_when_the_method_says(folder: Path, tmp_path: Path, name: str) -> None:
+    changes = {**case(name, "", {}), "momentum": (0.5, 1.0), "optimiser": {"lr": 0.01, "warmup_epochs": 0}}
+    trainer = make(folder, tmp_path, **changes)
+    forward = trainer.forward
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def weights() -> tuple[Tensor, Tensor]:
+        branches = (trainer.teacher, trainer.student)
+        teacher, student = (branch.encoder.model.blocks[0].mlp.fc1.weight.detach().clone() for branch in branches)
+        return teacher, student
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(weights())
+        return forward(*arguments)
+
+    trainer.forward = watched  # type: ignore[method-assign]
+    run_until(trainer, 2)
+    (start, same), (teacher, student), (end, last) = *seen, weights()
+    first, second = (cosine(step, trainer.total_steps, 0.5, 1.0) for step in range(2))
+    assert torch.equal(start, same) and not torch.equal(student, start) and not torch.equal(last, student)
+    if METHODS[name].teacher_moves == "before":
+        torch.testing.assert_close(teacher, second * start + (1 - second) * student)
+        assert torch.equal(end, teacher)
+    else:
+        torch.testing.assert_close(teacher, first * start + (1 - first) * student)
+        torch.testing.assert_close(end, second * teacher + (1 - second) * last)
 
 
 class Toy(Method):

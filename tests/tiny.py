@@ -136,5 +136,3 @@ def _process(rank: int, folder: Path, out: Path, cases: dict[str, dict[str, Any]
     if rank == 0:
         torch.save(found, out / "steps.pt")
     torch.distributed.destroy_process_group()
-
-
