@@ -1,4 +1,4 @@
-"""BYOL: a student predicts its teacher's projection of another view (Grill et al. 2020). Constants: deepmind-research, ``byol``."""
+"""BYOL: a student predicts its teacher's projection of another view (Grill et al. 2020). Constants: DeepMind's ``byol``."""
 
 import torch.nn.functional as F
 from pydantic import Field
