@@ -41,3 +41,19 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return line
 
     return run
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of noise: two classes, 34 images to train on and 8 held out."""
+    import numpy as np
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for split, name in [("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")]:
+        (root / split / name).mkdir(parents=True)
+        for index in range(17 if split == "train" else 4):
+            pixels = generator.integers(0, 255, (40, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / split / name / f"{index}.png")
+    return root

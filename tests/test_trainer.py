@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -23,65 +22,7 @@ from pretrain.live import CURVES
 from pretrain.optimiser import EMA, clip_per_tensor
 from pretrain.recipe import Recipe
 from pretrain.trainer import Trainer
-
-CPU = torch.device("cpu")
-TINY: dict[str, Any] = {
-    "method": "dino",
-    "method_settings": {"prototypes": 64, "hidden": 32, "bottleneck": 16, "warmup_teacher_temperature_epochs": 2},
-    "arch": "vit_tiny_patch16_224",
-    "image_size": 32,
-    "patch_size": 8,
-    "arch_options": {"embed_dim": 24, "depth": 2, "num_heads": 2},
-    "drop_path": 0.2,
-    "epochs": 3,
-    "batch_size": 8,
-    "views": {"global1": {"size": 32}, "global2": {"size": 32}, "local": {"size": 16}, "local_count": 1},
-    "optimiser": {"lr": 0.01, "warmup_epochs": 1},
-    "mte": {"auxiliary_cls": 1, "pooled": 2, "kernel": 3},
-}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for split, name in [("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")]:
-        (root / split / name).mkdir(parents=True)
-        for index in range(17 if split == "train" else 4):
-            pixels = generator.integers(0, 255, (40, 48, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / split / name / f"{index}.png")
-    return root
-
-
-def make(folder: Path, out: Path, **changes: Any) -> Trainer:
-    options = {key: changes.pop(key) for key in ("seed", "process", "save_minutes", "held_out", "workers") if key in changes}
-    return Trainer(Recipe(**{**TINY, **changes}), open_source(str(folder), "train"), out, device=CPU, **{"workers": 0, **options})
-
-
-def tensors(out: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a run's state by its path, with its step."""
-    found: dict[str, torch.Tensor] = {}
-
-    def walk(value: Any, path: str) -> None:
-        if isinstance(value, torch.Tensor):
-            found[path] = value
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                walk(item, f"{path}.{key}")
-        elif isinstance(value, int):
-            found[path] = torch.tensor(value)
-
-    walk({key: value for key, value in state.read(out / state.NAME).items() if key != "seconds"}, "")
-    return found
-
-
-def assert_same_end(out: Path, reference: Path) -> None:
-    ours, theirs = tensors(out), tensors(reference)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    assert (out / "encoder.safetensors").read_bytes() == (reference / "encoder.safetensors").read_bytes()
-    steps = [json.loads(line)["step"] for line in (out / CURVES).read_text().splitlines()]
-    assert steps == [json.loads(line)["step"] for line in (reference / CURVES).read_text().splitlines()]
+from tiny import CPU, TINY, Killed, assert_same_end, first_gradients, make, run_until, tensors
 
 
 @pytest.fixture(scope="module")
@@ -91,24 +32,10 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("stop", [1, 4, 6, 11])
 def test_a_stopped_run_goes_on_exactly(folder: Path, whole: Path, tmp_path: Path, stop: int) -> None:
     """Saved after every step, killed before step ``stop``, run again: the same weights, state and curves' steps."""
-    trainer = make(folder, tmp_path, save_minutes=0.0)
-    step = trainer._step
-
-    def until(*arguments: Any) -> Any:
-        if trainer.step == stop:
-            raise Killed
-        return step(*arguments)
-
-    trainer._step = until  # type: ignore[method-assign]
-    with pytest.raises(Killed):
-        trainer.run()
+    run_until(make(folder, tmp_path, save_minutes=0.0), stop)
     assert state.read(tmp_path / state.NAME)["step"] == stop
     make(folder, tmp_path).run()
     ours, theirs = tensors(tmp_path), tensors(whole)
@@ -142,20 +69,6 @@ def test_a_run_killed_while_it_saves_goes_on_exactly(
 def test_workers_do_not_change_the_result(folder: Path, whole: Path, tmp_path: Path) -> None:
     make(folder, tmp_path, workers=2).run()
     assert_same_end(tmp_path, whole)
-
-
-def first_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The gradients of the first step, which is not taken, and its loss."""
-    found: dict[str, torch.Tensor] = {}
-
-    def keep(momentum: float) -> dict[str, float]:
-        found.update({name: p.grad.clone() for name, p in trainer.student.named_parameters() if p.grad is not None})
-        raise Killed
-
-    trainer.update = keep  # type: ignore[method-assign]
-    with pytest.raises(Killed):
-        trainer.run()
-    return found
 
 
 def test_accumulated_micro_batches_give_the_same_gradients(folder: Path, tmp_path: Path) -> None:

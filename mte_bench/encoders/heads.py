@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -50,15 +50,15 @@ class StackedBatchNorm(nn.BatchNorm1d):
     def _over_processes(self, rows: Tensor) -> Tensor:
         full = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
         count = len(rows) * dist.get_world_size()
-        sums = all_reduce(torch.stack([full.sum(0), full.square().sum(0)]))
-        mean = sums[0] / count
-        variance = sums[1] / count - mean.square()
+        mean = all_reduce(full.sum(0)) / count
+        centred = full - mean  # before squaring: where rows differ little, a difference of squares would be noise
+        variance = all_reduce(centred.square().sum(0)) / count
         with torch.no_grad():
             assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum or 0.1)
             self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.momentum or 0.1)
-        normed = (full - mean) * torch.rsqrt(variance + self.eps)
+        normed = centred * torch.rsqrt(variance + self.eps)
         return (normed * self.weight + self.bias if self.affine else normed).to(rows.dtype)
 
 
@@ -103,6 +103,17 @@ class StackedMLP(nn.Module):
         for layer, norm in zip(self.layers, self.norms, strict=False):
             x = self.activation(norm(layer(x)))
         return self.last_norm(self.layers[-1](x))
+
+
+class Predictor(StackedMLP):
+    """A single MLP, ``b in`` to ``b out``; options are those of ``StackedMLP``."""
+
+    def __init__(self, sizes: Sequence[int], **options: Any):
+        super().__init__(1, sizes, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``b in`` to ``b out``."""
+        return super().forward(x.unsqueeze(0)).squeeze(0)
 
 
 class Prototypes(nn.Module):
