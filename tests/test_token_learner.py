@@ -318,7 +318,7 @@ def test_what_cannot_be_is_refused_before_any_data_is_read() -> None:
         assert refused(token_learner={"after": after}) == (
             f"token_learner.after {after}: vit_tiny_patch16_224 has 4 blocks; choose 1 to 3"
         )
-    assert "has only 16 patches" in refused(token_learner={"tokens": 17, "after": 2})
+    assert "make only 16 patches" in refused(token_learner={"tokens": 17, "after": 2})
     views = {"global1": {"size": 16}, "global2": {"size": 16}}
     assert "a global view has only 4 patches" in refused(token_learner={"tokens": 8, "after": 2}, views=views)
     swin = {"arch": "swin_tiny_patch4_window7_224", "patch_size": None, "arch_options": SWIN}

@@ -313,7 +313,7 @@ def _add_token_learner(spec: EncoderSpec, model: nn.Module) -> None:
         raise UserError(f"token_learner.after {settings.after}: {spec.arch} has {depth} blocks; choose 1 to {depth - 1}")
     if settings.tokens > patches:
         raise UserError(
-            f"token_learner.tokens {settings.tokens}: an image of {spec.image_size} pixels has only {patches} patches; choose fewer"
+            f"token_learner.tokens {settings.tokens}: {spec.image_size} pixels make only {patches} patches; choose fewer tokens"
         )
     for block in model.blocks:
         _plain(block, spec.arch, "token_learner")

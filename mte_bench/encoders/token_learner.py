@@ -124,7 +124,8 @@ class TokenLearning(nn.Module):
 
 
 def _mlp(width: int, tokens: int, bias: bool = True) -> nn.Sequential:
-    """``bias`` is the last layer's. Weights drawn by Xavier's rule, as in the source: with std 0.02 all maps would start even, and all tokens alike."""
+    """``bias`` is the last layer's. Weights are drawn by Xavier's rule, as in the source: with std 0.02 all maps would
+    start even, and all tokens alike."""
     mlp = nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, tokens, bias=bias))
     for parameter in mlp.parameters():
         if parameter.ndim == 2:
