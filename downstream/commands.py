@@ -5,6 +5,10 @@ from typing import Annotated, Any
 import typer
 
 Checkpoint = Annotated[str, typer.Argument(metavar="CKPT", help="Run folder, checkpoint file, timm:NAME or random:NAME.")]
+Others = Annotated[
+    list[str] | None,
+    typer.Option("--with", metavar="CKPT", help="Another encoder, features side by side (repeatable): an ensemble."),
+]
 Source = Annotated[str, typer.Option("--data", metavar="SOURCE", help="Source of the images, e.g. scenes or imagefolder:PATH.")]
 Out = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the record (default: in the run folder or runs/).")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the protocol.")]
@@ -23,6 +27,7 @@ Smoke = Annotated[bool, typer.Option("--smoke", help="Two batches of everything,
 def knn(
     checkpoint: Checkpoint,
     data: Source,
+    others: Others = None,
     out: Out = None,
     protocol: Annotated[str, typer.Option(help="Name of a protocol (mte-bench list protocols) or a YAML file.")] = "knn",
     set_: Set = None,
@@ -47,6 +52,7 @@ def knn(
 def linear(
     checkpoint: Checkpoint,
     data: Source,
+    others: Others = None,
     out: Out = None,
     protocol: Annotated[str, typer.Option(help="Name of a protocol (mte-bench list protocols) or a YAML file.")] = "linear-fast",
     set_: Set = None,
@@ -68,7 +74,7 @@ def linear(
     return _evaluate(LINEAR, **options)
 
 
-def _evaluate(task: Any, *, set_: list[str] | None, **options: Any) -> Any:
+def _evaluate(task: Any, *, set_: list[str] | None, others: list[str] | None, **options: Any) -> Any:
     from downstream.evaluate import Request, evaluate
 
-    return evaluate(task, Request(set=tuple(set_ or ()), **options))
+    return evaluate(task, Request(set=tuple(set_ or ()), others=tuple(others or ()), **options))

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from downstream.features import Features, Pass, extract
-from downstream.plan import plan, show_plan
+from downstream.plan import Part, plan, show_plan
 from downstream.task import I_co, ImageProtocol, P, Split, Task, WithProtocol
 from mte_bench import records
 from mte_bench.console import log, show_json, show_table
@@ -29,7 +30,8 @@ from mte_bench.device import peak_memory, pick_device, pick_precision
 from mte_bench.encoders.checkpoint import Checkpoint, open_checkpoint
 from mte_bench.errors import UserError, did_you_mean
 from mte_bench.files import atomic, hash_of
-from mte_bench.records import Cost, Data, Metric, Record, make_record
+from mte_bench.knn_vote import normalise
+from mte_bench.records import Cost, Data, Metric, Record, Subject, make_record
 from mte_bench.settings import load_yaml, names_in, override
 from mte_bench.statistics import bootstrap_ci
 
@@ -46,6 +48,7 @@ class Request:
     checkpoint: str
     data: str
     protocol: str
+    others: tuple[str, ...] = ()
     set: tuple[str, ...] = ()
     out: str | None = None
     device: str = "auto"
@@ -82,29 +85,32 @@ def evaluate(task: Task[P], request: Request) -> Record | None:
     how = pass_of(request)
     train, val = (open_split(request, split) for split in SPLITS)
     _require_labels(train, val)
-    checkpoint = open_checkpoint(request.checkpoint, allow_partial=request.allow_partial, image_size=protocol.image_size)
-    transform = evaluation_transform(checkpoint, protocol)
-    folder = output_folder(request, task.name, name, protocol, checkpoint)
+    parts = []
+    for text in (request.checkpoint, *request.others):
+        checkpoint = open_checkpoint(text, allow_partial=request.allow_partial, image_size=protocol.image_size)
+        parts.append(Part(checkpoint, evaluation_transform(checkpoint, protocol)))
+    subject = Subject.ensemble([part.checkpoint.subject for part in parts])
+    folder = output_folder(request, task.name, name, protocol, parts[0].checkpoint)
     if request.dry_run:
         resolved = {"task": task.name, "protocol": name, "settings": settings_of(protocol), "out": str(folder)}
-        show_plan(resolved | plan(task, protocol, checkpoint, train, val, transform, how), request.json)
+        show_plan(resolved | plan(task, protocol, parts, train, val, how), request.json)
         return None
     fingerprint = hash_of([train.fingerprint, val.fingerprint])
-    refuse_clash(folder, checkpoint, val.source, fingerprint)
+    refuse_clash(folder, subject, val.source, fingerprint)
 
-    encoder, kinds = checkpoint.encoder, (protocol.feature,)
-    found = [extract(encoder, checkpoint.sha256, images, transform, kinds, how) for images in (train, val)]
+    found = [_features(part, train, val, protocol, how) for part in parts]
+    kept = [features.kept for features in found[0]]
     bank, asked = (
-        Split(features.arrays[protocol.feature], images.labels[features.kept], images.classes)
-        for features, images in zip(found, (train, val), strict=True)
+        Split(joined([both[split].arrays[protocol.feature] for both in found]), images.labels[kept[split]], images.classes)
+        for split, images in enumerate((train, val))
     )
     outcome = task.evaluate(protocol, bank, asked, how.device)
     predictions = {metric: result.predicted for metric, result in outcome.metrics.items()}
-    write_predictions(folder, [val.name(int(index)) for index in found[1].kept], asked.labels, train.classes, predictions)
+    write_predictions(folder, [val.name(int(index)) for index in kept[1]], asked.labels, train.classes, predictions)
     record = make_record(
         task=task.name,
         protocol=records.Protocol(name=name, version=protocol.version, settings=settings_of(protocol)),
-        subject=checkpoint.subject,
+        subject=subject,
         data=Data(
             source=val.source,
             split="val",
@@ -112,23 +118,43 @@ def evaluate(task: Task[P], request: Request) -> Record | None:
             classes=len(train.classes),
             fingerprint=fingerprint,
             subset=val.subset,
-            corrupt=[name for features in found for name in features.corrupt],
+            corrupt=[name for features in found[0] for name in features.corrupt],
         ),
         metrics={metric: percentage(result.correct) for metric, result in outcome.metrics.items()},
-        cost=_cost(began, found, how.device),
+        cost=_cost(began, [features for both in found for features in both], how.device),
         predictions=records.PREDICTIONS_NAME,
         details={
             **outcome.details,
-            "transform": transform.model_dump(mode="json"),
+            "transform": _single([part.transform.model_dump(mode="json") for part in parts]),
             "precision": str(how.precision).removeprefix("torch."),
-            "features_cached": [features.cached for features in found],
-            "data_wait": [round(features.waiting, 3) for features in found],
+            "features_cached": _single([[features.cached for features in both] for both in found]),
+            "data_wait": _single([[round(features.waiting, 3) for features in both] for both in found]),
         },
     )
     path = records.write_record(folder, record)
     show_result(record, request.json)
     log(f"record: {path}")
     return record
+
+
+def _features(part: Part, train: ImageSet, val: ImageSet, protocol: P, how: Pass) -> list[Features]:
+    encoder, weights = part.checkpoint.encoder, part.checkpoint.sha256
+    return [extract(encoder, weights, images, part.transform, (protocol.feature,), how) for images in (train, val)]
+
+
+def joined(features: Sequence[NDArray[np.floating]]) -> NDArray[np.floating]:
+    """The features of an ensemble (MTE, Table 4): each encoder's (``n c``) at unit length, side by side.
+
+    Those of a single encoder stay as they are.
+    """
+    if len(features) == 1:
+        return features[0]
+    return np.concatenate([normalise(torch.from_numpy(np.array(part))).numpy() for part in features], axis=1)
+
+
+def _single(values: list[Any]) -> Any:
+    """One encoder's value by itself, an ensemble's as a list."""
+    return values[0] if len(values) == 1 else values
 
 
 def percentage(correct: NDArray[np.bool_]) -> Metric:
@@ -212,10 +238,17 @@ def evaluation_transform(checkpoint: Checkpoint, protocol: ImageProtocol) -> Eva
 
 
 def output_folder(request: Request, task: str, name: str, protocol: ImageProtocol, checkpoint: Checkpoint) -> Path:
-    """``--out``, else a folder in the run folder or under ``runs``; settings changed by ``--set`` add their hash."""
+    """``--out``, else a folder in the run folder or (of an ensemble always) under ``runs``.
+
+    Settings changed by ``--set`` add their hash.
+    """
     if request.out:
         return Path(request.out)
-    base = checkpoint.folder / "evaluations" if checkpoint.folder else Path("runs") / slug(request.checkpoint)
+    if request.others:
+        texts = [request.checkpoint, *request.others]
+        base = Path("runs") / f"{'+'.join(map(slug, texts))[:100]}-{hash_of(texts)[:6]}"
+    else:
+        base = checkpoint.folder / "evaluations" if checkpoint.folder else Path("runs") / slug(request.checkpoint)
     source = parse_source(request.data)
     data = "-".join([Path(source.path).name or source.kind, *(f"{key}{value}" for key, value in sorted(source.options.items()))])
     parts = [name if name.startswith(task) else f"{task}-{name}", slug(data)]
@@ -233,13 +266,13 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "data"
 
 
-def refuse_clash(folder: Path, checkpoint: Checkpoint, source: str, fingerprint: str) -> None:
+def refuse_clash(folder: Path, subject: Subject, source: str, fingerprint: str) -> None:
     """Raise ``UserError`` rather than overwrite the record of another checkpoint or of other data in ``folder``."""
     try:
         old = records.read_record(folder / records.RECORD_NAME)
     except UserError:
         return
-    if old.subject.sha256 != checkpoint.sha256 and old.subject.checkpoint != checkpoint.subject.checkpoint:
+    if old.subject.sha256 != subject.sha256 and old.subject.checkpoint != subject.checkpoint:
         raise UserError(f"{folder}: holds the record of checkpoint {old.subject.checkpoint}; choose another --out")
     if old.data.source != source and old.data.fingerprint != fingerprint:
         raise UserError(f"{folder}: holds a record on {old.data.source}; choose another --out")

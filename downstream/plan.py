@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,41 +13,68 @@ from mte_bench.console import show_json, show_table
 from mte_bench.data.sources import ImageSet
 from mte_bench.data.transforms import EvaluationTransform
 from mte_bench.encoders.checkpoint import Checkpoint
+from mte_bench.encoders.encoder import Encoder
+
+
+class Part(NamedTuple):
+    """One of the encoders whose features are evaluated together (mostly there is one), and how images come to it."""
+
+    checkpoint: Checkpoint
+    transform: EvaluationTransform
 
 
 def plan(
     task: Task[P],
     protocol: P,
-    checkpoint: Checkpoint,
+    parts: Sequence[Part],
     train: ImageSet,
     val: ImageSet,
-    transform: EvaluationTransform,
     how: Pass,
 ) -> dict[str, Any]:
     """What would be done and, from a few images and steps measured on this machine, what it would take."""
-    encoder, kind, device = checkpoint.encoder, protocol.feature, how.device
-    done = sum(extracted(encoder, checkpoint.sha256, images, transform, kind, how) for images in (train, val))
-    batch = torch.stack([transform(train.image(0))] * min(how.batch_size, 16)).to(device)
-    width = encode_batch(encoder, batch, (kind,), how)[kind].shape[1]
-    decode = seconds_of(lambda: transform(train.image(0)))
-    encode = seconds_of(lambda: encode_batch(encoder, batch, (kind,), how)) / len(batch)
-    per_image = max(encode, decode / how.workers) if how.workers else encode + decode
     images = len(train) + len(val)
-    estimate = task.estimate(protocol, len(train), len(val), width, len(train.classes), device)
+    passes = [_pass(part, train, val, protocol.feature, how) for part in parts]
+    width = sum(one.width for one in passes)
+    todo = [images - one.done for one in passes]
+    estimate = task.estimate(protocol, len(train), len(val), width, len(train.classes), how.device)
+    named = [f"{part.checkpoint.subject.checkpoint} ({_shown(part.checkpoint.encoder)})" for part in parts]
+    transforms = [part.transform.model_dump(mode="json") for part in parts]
     return {
-        "encoder": f"{checkpoint.subject.checkpoint} ({encoder.spec.arch}, {encoder.spec.image_size} px)",
+        "encoder": " + ".join(named),
         "data": val.source,
         "images": {"train": len(train), "val": len(val)},
         "classes": len(train.classes),
-        "transform": transform.model_dump(mode="json"),
+        "transform": transforms[0] if len(parts) == 1 else transforms,
         "feature_width": width,
-        "feature_steps": math.ceil((images - done) / how.batch_size),
-        "feature_images_cached": done,
+        "feature_steps": sum(math.ceil(left / how.batch_size) for left in todo),
+        "feature_images_cached": sum(one.done for one in passes),
         "feature_bytes": images * width * (4 if how.precision == torch.float32 else 2),
-        "feature_seconds": _short((images - done) * per_image),
+        "feature_seconds": _short(sum(left * one.seconds for left, one in zip(todo, passes, strict=True))),
         "task_seconds": _short(estimate.seconds),
         "task_memory_bytes": estimate.memory_bytes,
     }
+
+
+class _Pass(NamedTuple):
+    """Of one encoder: images whose features are there already, width of a feature, seconds per image."""
+
+    done: int
+    width: int
+    seconds: float
+
+
+def _pass(part: Part, train: ImageSet, val: ImageSet, kind: str, how: Pass) -> _Pass:
+    encoder, transform = part.checkpoint.encoder, part.transform
+    done = sum(extracted(encoder, part.checkpoint.sha256, images, transform, kind, how) for images in (train, val))
+    batch = torch.stack([transform(train.image(0))] * min(how.batch_size, 16)).to(how.device)
+    width = encode_batch(encoder, batch, (kind,), how)[kind].shape[1]
+    decode = seconds_of(lambda: transform(train.image(0)))
+    encode = seconds_of(lambda: encode_batch(encoder, batch, (kind,), how)) / len(batch)
+    return _Pass(done, width, max(encode, decode / how.workers) if how.workers else encode + decode)
+
+
+def _shown(encoder: Encoder) -> str:
+    return f"{encoder.spec.arch}, {encoder.spec.image_size} px"
 
 
 def seconds_of(function: Callable[[], Any]) -> float:

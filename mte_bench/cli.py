@@ -2,6 +2,7 @@
 
 Commands are entry points of the group ``mte_bench.commands`` (verb -> a function with typer's annotations, or a
 ``typer.Typer`` of several), so a command's module is imported when its verb is called, and another package can add verbs.
+An entry point called ``VERB.COMMAND`` adds a command to the several of VERB.
 
 Exit codes: 0 done; 1 a check that failed, or a bug; 2 something the user can mend; 130 interrupted.
 """
@@ -53,17 +54,21 @@ def run(arguments: Sequence[str]) -> Any:
     verb, *rest = arguments
     path, command = f"mte-bench {verb}", _command(verb)
     # A group of commands is walked here and its own callback is not called: parsing it would import pydantic for --help.
-    while hasattr(command, "commands") and rest[:1] not in (["-h"], ["--help"]):
+    while hasattr(command, "commands"):
+        if not rest or rest[0] not in command.commands:
+            _extend(command, verb)
+        if rest[:1] in (["-h"], ["--help"]):
+            break
         if not rest or rest[0] not in command.commands:
             wrong = f"'{rest[0]}' is none of its commands" if rest else "say which command"
             raise UserError(f"{path}: {wrong}{did_you_mean(rest[0] if rest else '', command.commands)}")
-        path, command, rest = f"{path} {rest[0]}", command.commands[rest[0]], rest[1:]
+        path, verb, command, rest = f"{path} {rest[0]}", f"{verb}.{rest[0]}", command.commands[rest[0]], rest[1:]
     with command.make_context(path, rest, help_option_names=["-h", "--help"]) as context:
         return command.invoke(context)
 
 
 def commands() -> dict[str, EntryPoint]:
-    """Every verb that is installed; this package's own come first and cannot be taken over."""
+    """Every verb that is installed, and as ``verb.command`` what is added to one; this package's own cannot be taken over."""
     return {entry.name: entry for entry in [*entry_points(group=GROUP), *_own()]}
 
 
@@ -95,9 +100,31 @@ def _own() -> list[EntryPoint]:
 
 def _command(verb: str) -> Any:
     entry = next((entry for entry in _own() if entry.name == verb), None) or commands().get(verb)
-    if entry is None:
-        raise UserError(f"unknown verb '{verb}'{did_you_mean(verb, commands())}")
+    if entry is None or "." in verb:
+        raise UserError(f"unknown verb '{verb}'{did_you_mean(verb, [known for known in commands() if '.' not in known])}")
     return _parser(verb, entry.load())
+
+
+def _extend(group: Any, verb: str) -> None:
+    """Give ``group``, the commands of ``verb``, those that other entry points add to it; its own stay what they are."""
+    for name, entry in commands().items():
+        parent, _, child = name.rpartition(".")
+        if parent == verb and child not in group.commands:
+            group.commands[child] = _parser(child, _loaded(entry))
+
+
+def _loaded(entry: EntryPoint) -> Any:
+    """What ``entry`` stands for; if it cannot be imported, a command that says so in the group's help and when called."""
+    try:
+        return entry.load()
+    except Exception as error:
+        reason = error
+
+    def broken() -> None:
+        raise reason
+
+    broken.__doc__ = f"(cannot be imported: {reason})"
+    return broken
 
 
 def _parser(verb: str, target: Any) -> Any:
@@ -123,7 +150,7 @@ def _help() -> str:
         "",
         "Verbs:",
     ]
-    found = commands()
+    found = {verb: entry for verb, entry in commands().items() if "." not in verb}
     width = max(map(len, found), default=0)
     lines += [f"  {verb:<{width}}  {_summary(verb, found[verb])}" for verb in sorted(found)]
     lines += [

@@ -1,7 +1,9 @@
 """Where and in what precision the computing is done."""
 
+import ctypes
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -39,10 +41,35 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
+def wait(device: torch.device) -> None:
+    """Until the device has done all that it was given: before the clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def forget_peak(device: torch.device) -> bool:
+    """Let ``peak_memory`` begin anew; returns whether the system could."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free, but still kept by the allocator, would count
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
 def peak_memory(device: torch.device) -> int:
     """The most memory used so far, in bytes: of the device if it has its own, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:  # Linux: unlike getrusage's, not what an earlier program had in this process's place
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024

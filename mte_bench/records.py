@@ -5,7 +5,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +15,7 @@ from pydantic import Field
 
 from mte_bench import __version__
 from mte_bench.errors import UserError
-from mte_bench.files import write_json
+from mte_bench.files import hash_of, write_json
 from mte_bench.settings import Settings
 
 SCHEMA_VERSION = 1
@@ -58,6 +58,26 @@ class Subject(Settings):
     recipe: str | None = None
     recipe_hash: str | None = None
     pretrain_data: str | None = None
+    parts: tuple["Subject", ...] = ()
+    """The encoders of an ensemble; ``sha256`` is then over theirs, and what they do not share is left out above."""
+
+    @classmethod
+    def ensemble(cls, parts: Sequence["Subject"]) -> "Subject":
+        """The subject that several encoders are together; a single one stays what it is."""
+        if len(parts) == 1:
+            return parts[0]
+        values = [part.model_dump(mode="json", exclude={"parts"}) for part in parts]
+        shared = {key: value for key, value in values[0].items() if all(other[key] == value for other in values)}
+        own = {
+            "checkpoint": " + ".join(part.checkpoint for part in parts),
+            "sha256": hash_of([part.sha256 for part in parts], 64),
+            "family": " + ".join(dict.fromkeys(part.family for part in parts)),
+            "arch": " + ".join(dict.fromkeys(part.arch for part in parts)),
+            "method": " + ".join(dict.fromkeys(part.method for part in parts if part.method)) or None,
+            "mte": any(part.mte for part in parts),
+            "parts": values,
+        }
+        return cls.check(shared | own, "ensemble")
 
 
 class Data(Settings):

@@ -1,4 +1,4 @@
-"""The ``pretrain`` verb."""
+"""The verbs ``pretrain`` and ``analyze cost``."""
 
 from typing import Annotated, Any
 
@@ -83,3 +83,30 @@ def pretrain(
             show_table(f"{settings.title}, {settings.arch}, {settings.epochs} epochs on {data}", ["", "value"], rows)
             log(f"encoder: {Path(out) / 'encoder.safetensors'}")
     return record
+
+
+def cost(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe (mte-bench list recipes) or a YAML file.")],
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the record (default: none is written).")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: key=value, e.g. mte.pooled=2.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=2, help="Images of a step (default: 64 on CUDA, else 8).")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto (bfloat16 where native), float32, bfloat16, float16.")] = "auto",
+    repeats: Annotated[int, typer.Option(min=1, help="Steps to time, after one that warms up.")] = 3,
+    no_time: Annotated[bool, typer.Option("--no-time", help="Count only; measure no time and memory.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the record as JSON on stdout.")] = False,
+) -> Any:
+    """What a recipe costs with and without MTE: parameters, multiply-accumulates, memory and time, part by part."""
+    from pretrain.cost import analyze_cost
+
+    return analyze_cost(
+        recipe,
+        set_ or [],
+        batch_size=batch_size,
+        device=device,
+        precision=precision,
+        repeats=repeats,
+        timed=not no_time,
+        out=out,
+        json=json,
+    )

@@ -52,9 +52,14 @@ class Branch(nn.Module):
             patch_size=recipe.patch_size,
             options=recipe.arch_options,
             init=recipe.init,
+            token_learner=recipe.token_learner,
         )
         drop_path = recipe.drop_path if student else 0.0
         self.encoder = build_encoder(spec, drop_path)
+        if method.masking and not self.encoder.keeps_patches:
+            raise UserError(
+                f"token_learner: {method.title} needs patches at the end; set token_learner.fuser=true or leave it out"
+            )
         method.init_encoder(self.encoder)
         self.head = method.head(self.encoder.width, 1)
         self.tail = method.tail(student)
@@ -191,7 +196,9 @@ def check(recipe: "Recipe", kind: type["Method"]) -> None:
     method.fits(recipe.batch_size)
     with torch.device("meta"):
         branch = Branch(recipe, method, student=True)
-    branch.encoder.grid(recipe.views.global1.size)
+    rows, columns = branch.encoder.patch_grid(recipe.views.global1.size)
+    if recipe.token_learner and recipe.token_learner.tokens > rows * columns:
+        raise UserError(f"token_learner.tokens {recipe.token_learner.tokens}: a global view has only {rows * columns} patches")
 
 
 def _leading(sizes: list[int], rows: int) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from mte_bench.encoders.encoder import Init
+from mte_bench.encoders.token_learner import TokenLearnerSettings
 from mte_bench.encoders.tokens import AuxiliarySettings
 from mte_bench.errors import UserError, did_you_mean
 from mte_bench.settings import Settings, load_yaml, merge, override
@@ -126,6 +127,8 @@ class Recipe(Settings):
     """Further keyword arguments of the timm model (``embed_dim``, ``depth``, ...)."""
     init: Init = "dino"
     """How the encoder's Linear weights are drawn; see ``EncoderSpec``."""
+    token_learner: TokenLearnerSettings | None = None
+    """Learned tokens in place of the patches from some block on, in every branch and in what is exported."""
     drop_path: float = Field(0.1, ge=0, lt=1)
     epochs: int = Field(100, gt=0)
     batch_size: int = Field(1024, gt=1)
@@ -167,10 +170,13 @@ class Recipe(Settings):
 
 
 def load_recipe(name: str, assignments: list[str] | None = None) -> Recipe:
-    """The recipe called ``name`` (or a YAML path) with ``key=value`` overrides; ``mte=true`` stands for MTE's defaults."""
+    """The recipe called ``name`` (or a YAML path) with ``key=value`` overrides; ``mte=true`` and
+    ``token_learner=true`` stand for their defaults.
+    """
     values = override(_read(name), assignments or [])
-    if values.get("mte") in (True, False):
-        values["mte"] = {} if values["mte"] else None
+    for part in ("mte", "token_learner"):
+        if values.get(part) in (True, False):
+            values[part] = {} if values[part] else None
     recipe = Recipe.check(values, f"recipe {name}")
     _method_settings(recipe, name)
     return recipe

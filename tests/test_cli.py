@@ -16,7 +16,7 @@ from mte_bench import cli
 from mte_bench.errors import UserError
 
 HEAVY = ("torch", "numpy", "pydantic", "matplotlib", "rich", "timm", "PIL", "yaml")
-VERBS = sorted(cli.commands())
+VERBS = sorted(verb for verb in cli.commands() if "." not in verb)
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, **targets: Any) -> None:
@@ -158,6 +158,32 @@ def test_another_package_adds_a_command(monkeypatch: pytest.MonkeyPatch, capsys:
     assert cli.main([]) == 0
     assert "greet       Say hello\n" in capsys.readouterr().out
     assert cli.main(["knn", "--help"]) == 0  # its own verbs stay what they are
+
+
+def test_another_package_adds_a_command_to_a_group(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def price(recipe: str) -> str:
+        """What it costs."""
+        return recipe.upper()
+
+    offer(monkeypatch, **{"analyze.price": price, "analyze.cka": raising(AssertionError("cka was taken over"))})
+    assert cli.run(["analyze", "price", "cheap"]) == "CHEAP"
+    assert cli.main(["analyze", "--help"]) == 0
+    assert "price" in (shown := capsys.readouterr().out) and "What it costs." in shown and "cka" in shown
+    assert cli.main(["analyze", "cka", "--help"]) == 0
+    assert "linear CKA" in capsys.readouterr().out
+    assert cli.main([]) == 0
+    assert "price" not in capsys.readouterr().out
+    assert cli.main(["analyze.price", "cheap"]) == 2
+    assert cli.main(["analyze", "pricy"]) == 2
+    assert "did you mean 'price'?" in capsys.readouterr().err
+
+
+def test_a_broken_command_does_not_break_its_group(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = EntryPoint("analyze.broken", "no_such_module:command", cli.GROUP)
+    monkeypatch.setattr(cli, "entry_points", lambda group: [broken])
+    assert cli.main(["analyze", "--help"]) == 0
+    assert "broken" in (shown := capsys.readouterr().out) and "No module named" in " ".join(shown.split())
+    assert cli.main(["analyze", "broken"]) == 1
 
 
 def test_a_broken_package_does_not_break_the_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,14 @@ import pytest
 from PIL import Image
 
 from downstream import commands
-from downstream.evaluate import Request, slug
+from downstream.evaluate import Request, percentage, slug
+from downstream.features import Pass, extract
 from downstream.knn import KNN_TASK
 from downstream.linear import LINEAR
+from downstream.task import Split
 from mte_bench.data.sources import open_source
+from mte_bench.data.transforms import EvaluationTransform
+from mte_bench.encoders.checkpoint import open_checkpoint
 from mte_bench.errors import CorruptImage, UserError
 from mte_bench.records import read_record
 from mte_bench.statistics import bootstrap_ci
@@ -85,6 +89,48 @@ def test_features_are_extracted_once_for_all_tasks(data):
     assert linear(data).details["features_cached"] == [True, True]
     assert knn(data, precision="bfloat16").details["features_cached"] == [False, False]
     assert knn(data, set_=["feature=patch-mean", "k=[5]"]).details["features_cached"] == [False, False]
+
+
+def test_an_encoder_with_itself_is_that_encoder(data):
+    alone, twice = knn(data), knn(data, others=[ENCODER])
+    assert twice.metrics == alone.metrics
+    assert twice.details["features_cached"] == [[True, True], [True, True]]
+    assert twice.subject.sha256 != alone.subject.sha256 and len(twice.subject.parts) == 2
+
+
+@pytest.mark.parametrize("command", [knn, linear])
+def test_an_ensemble_is_its_features_at_unit_length_side_by_side(command, data, tmp_path):
+    checkpoints = [ENCODER, ENCODER + "&seed=1", ENCODER.replace("32", "24")]
+    parts = [knn(data, checkpoint=text, out=f"part{index}") for index, text in enumerate(checkpoints)]
+    record = command(data, others=checkpoints[1:])
+    assert record.details["features_cached"] == [[True, True]] * 3
+    assert [part.sha256 for part in record.subject.parts] == [part.subject.sha256 for part in parts]
+    assert record.subject.checkpoint == " + ".join(checkpoints) and record.subject.seed is None
+    assert record.subject.sha256 not in {part.subject.sha256 for part in parts}
+    assert command(data, others=checkpoints[:0:-1], out="turned").subject.sha256 != record.subject.sha256
+    splits = []
+    for split in ("train", "val"):
+        images, rows = open_source(data, split), []
+        for text in checkpoints:
+            opened = open_checkpoint(text)
+            spec = opened.encoder.spec
+            transform = EvaluationTransform.for_size(spec.image_size, spec.mean, spec.std)
+            features = extract(opened.encoder, opened.sha256, images, transform, ("global",), Pass()).arrays["global"]
+            rows.append(features / np.linalg.norm(features, axis=1, keepdims=True))
+        splits.append(Split(np.concatenate(rows, axis=1), images.labels, images.classes))
+    assert splits[0].features.shape == (56, 32 + 32 + 24)
+    task = KNN_TASK if command is knn else LINEAR
+    protocol = task.protocol.model_validate({**record.protocol.settings, "task": task.name, "version": 1})
+    outcome = task.evaluate(protocol, *splits, "cpu")
+    assert record.metrics == {name: percentage(found.correct) for name, found in outcome.metrics.items()}
+    assert (tmp_path / "runs").is_dir() and "+" in next((tmp_path / "runs").glob("*+*")).name
+
+
+def test_a_dry_run_counts_all_encoders(data, capsys):
+    assert knn(data, others=[ENCODER + "&seed=1"], dry_run=True, json=True) is None
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["feature_width"] == 64 and plan["feature_images_cached"] == 0 and plan["feature_steps"] == 2 * 2
+    assert plan["encoder"].count("vit_tiny_patch16_224") == 4 and len(plan["transform"]) == 2
 
 
 def test_the_same_evaluation_gives_the_same_numbers_and_files(data, tmp_path):

@@ -113,7 +113,7 @@ def test_no_gradient_reaches_the_teacher_and_all_of_the_student() -> None:
 VARIANTS = {
     "heads": ["independent", "shared"],
     "fusion": ["mean", "sum", "normalised-mean", "concat"],
-    "pooling": ["shared-pointwise", "independent", "scalar", "average", "max"],
+    "pooling": ["shared-pointwise", "independent", "scalar", "average", "max", "tokenlearner", "tokenlearner-v1.1"],
     "sight": ["everything", "not-global", "not-each-other", "patches-and-self"],
     "pool_normalise": ["none", "sigmoid", "softmax"],
     "pool_input": ["normalised", "raw"],

@@ -29,6 +29,10 @@ def prepare_attention(protocol: AnalysisProtocol, checkpoint: Checkpoint) -> Pre
     encoder = checkpoint.encoder
     if not encoder.has_cls:
         raise UserError(f"{checkpoint.subject.checkpoint}: {encoder.spec.arch} has no CLS token whose attention could be shown")
+    if encoder.token_learning is not None:
+        raise UserError(
+            f"{checkpoint.subject.checkpoint}: with TokenLearner the CLS token of the last block attends to no patches"
+        )
 
     def attention(images: Tensor) -> list[Tensor]:
         tokens = encoder(images, attention=True)

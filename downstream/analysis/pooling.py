@@ -13,14 +13,16 @@ from mte_bench.errors import UserError
 Floats = NDArray[np.floating]
 
 
-def pooling_kernels(model: MultiToken) -> Floats:
-    """The depth-wise kernels of the pooled tokens, averaged over channels: ``t k k`` (MTE, Fig. 6).
+def pooling_kernels(model: MultiToken) -> Floats | None:
+    """The depth-wise kernels of the pooled tokens, averaged over channels: ``t k k`` (MTE, Fig. 6); TokenLearner has none.
 
     Raises ``UserError`` where there are no pooled tokens, or where they have no weights (average and max pooling).
     """
     settings = model.auxiliary.settings
     if not settings.pooled:
         raise UserError("this checkpoint has no pooled tokens (mte.pooled is 0), so there are no weight maps to show")
+    if model.auxiliary.pool.learner is not None:
+        return None
     convolution = model.auxiliary.pool.depthwise
     if convolution is None:
         raise UserError(f"this checkpoint's pooling is '{settings.pooling}': it has no kernels or weight maps to show")
@@ -87,7 +89,7 @@ def measure_pooling(protocol: AnalysisProtocol, prepared: Prepared, computed: li
         values={
             "names": names,
             "map_correlation": rounded(correlation.mean(axis=0)),
-            "kernels": rounded(kernels),
+            **({} if kernels is None else {"kernels": rounded(kernels)}),
             "images": gallery.captions,
             "maps": rounded(shown),
         },

@@ -115,7 +115,7 @@ def study(analysis: Analysis[A], request: Request, shown: int) -> Record | None:
         resolved = {"task": analysis.name, "protocol": name, "settings": settings_of(protocol), "out": str(folder)}
         show_plan(resolved | _plan(prepared, images, transform, how, checkpoint), request.json)
         return None
-    refuse_clash(folder, checkpoint, images.source, images.fingerprint)
+    refuse_clash(folder, checkpoint.subject, images.source, images.fingerprint)
 
     pass_began = time.monotonic()
     arrays, kept, corrupt = _collect(prepared, images, transform, how)

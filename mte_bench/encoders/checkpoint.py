@@ -111,6 +111,8 @@ def open_checkpoint(text: str, *, allow_partial: bool = False, image_size: int |
 def save_encoder(path: str | Path, encoder: Encoder, metadata: Mapping[str, Any]) -> None:
     """Write the timm model's state dict, with what built it and ``metadata`` in the header; the same bytes every time.
 
+    With the spec's ``token_learner``, the dict also holds ``token_learner.*``, which timm's model has no place for.
+
     Metadata values that are no strings are written as JSON, None not at all. Known keys are ``method``, ``mte``,
     ``recipe``, ``recipe_hash``, ``epoch`` (done), ``epochs`` (planned), ``seed``, ``data``. Raises ``UserError`` if it
     cannot be written; an earlier file is then left whole.
@@ -145,6 +147,8 @@ def weights_hash(encoder: Encoder) -> str:
     The same weights have the same hash whatever file they came in.
     """
     digest = hashlib.sha256(f"heads {encoder.num_heads}".encode())
+    if encoder.spec.token_learner is not None:  # nor where tokens are learned
+        digest.update(json.dumps(encoder.spec.token_learner.model_dump(mode="json"), sort_keys=True).encode())
     for name, tensor in sorted(encoder.model.state_dict().items()):
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -200,6 +204,8 @@ def _open_timm(text: str, name: str, options: dict[str, Any]) -> Checkpoint:
         raise UserError(f"{text}: {error}; `mte-bench list archs` shows each architecture's weights") from error
     published = {} if config is None else {"image_size": config.input_size[-1], "mean": config.mean, "std": config.std}
     spec = _with(EncoderSpec(arch=name), {**published, **options}, text)
+    if spec.token_learner is not None:
+        raise UserError(f"{text}: timm has no weights for token_learner; only pre-training with it makes them")
     with torch.device("meta"):  # refuses what cannot be built before the network is asked
         build_encoder(spec)
     if config is None or not config.has_weights:
@@ -308,11 +314,15 @@ def _subject(text: str, family: str, encoder: Encoder, metadata: Mapping[str, An
             "arch": encoder.spec.arch,
             "image_size": encoder.spec.image_size,
             "patch_size": encoder.spec.patch_size,
-            "arch_options": encoder.spec.options,
+            "arch_options": encoder.spec.options | _learned(encoder.spec),
             **known,
         },
         f"{text}: metadata",
     )
+
+
+def _learned(spec: EncoderSpec) -> dict[str, str]:
+    return {} if spec.token_learner is None else {"token_learner": spec.token_learner.title}
 
 
 def _spec_of(metadata: Mapping[str, str], path: Path) -> EncoderSpec:

@@ -76,7 +76,7 @@ def export(
     image_size: ImageSize = None,
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Export although weights are missing.")] = False,
 ) -> None:
-    """Write the encoder as a plain timm state dict and say how to load it."""
+    """Write the encoder as a plain timm state dict and say how to load it (with TokenLearner, it is more than timm's)."""
     from mte_bench.console import log
     from mte_bench.encoders.checkpoint import open_checkpoint, save_encoder
     from mte_bench.errors import UserError, did_you_mean
@@ -88,6 +88,8 @@ def export(
         raise UserError(f"--format {wanted}: unknown{did_you_mean(wanted, ('safetensors', 'pth'))}")
     opened = open_checkpoint(checkpoint, allow_partial=allow_partial, image_size=image_size)
     encoder, spec = opened.encoder, opened.encoder.spec
+    if wanted == "pth" and spec.token_learner is not None:
+        raise UserError("--format pth: has no place for the settings of TokenLearner, which timm has none of; write safetensors")
     if wanted == "safetensors":
         kept = {key: value for key, value in opened.metadata.items() if key not in ("format", "spec")}
         save_encoder(out, encoder, {"family": opened.family} | kept)
@@ -96,6 +98,10 @@ def export(
 
         with atomic(out) as temporary:
             torch.save(encoder.model.state_dict(), temporary)
+    if spec.token_learner is not None:
+        print(f"mte_bench.encoders.checkpoint.open_checkpoint({str(out)!r})")
+        log("timm has no TokenLearner: its model takes these weights only without those called token_learner.*")
+        return
     arguments = "".join(f", {key}={value!r}" for key, value in spec.timm_arguments.items())
     print(f'timm.create_model("{spec.arch}", checkpoint_path="{out}"{arguments})')
     log(f"images: {spec.image_size} pixels, mean {_numbers(spec.mean)}, std {_numbers(spec.std)}")
@@ -103,7 +109,8 @@ def export(
 
 def _changes(spec: "EncoderSpec") -> dict[str, Any]:
     """What of the architecture differs from what its name says."""
-    return spec.options if spec.patch_size is None else {"patch_size": spec.patch_size, **spec.options}
+    learned = {} if spec.token_learner is None else {"token_learner": spec.token_learner.title}
+    return ({} if spec.patch_size is None else {"patch_size": spec.patch_size}) | spec.options | learned
 
 
 def _numbers(values: tuple[float, ...]) -> str:

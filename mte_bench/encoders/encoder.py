@@ -17,6 +17,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mte_bench.encoders.token_learner import TokenLearnerSettings, TokenLearning
 from mte_bench.errors import UserError, did_you_mean
 from mte_bench.settings import Settings
 
@@ -41,6 +42,9 @@ class EncoderSpec(Settings):
     """How fresh weights of Linear layers are drawn: ``dino``, std 0.02 whatever the width; ``fan-in``, std 1 / sqrt(inputs).
     DINO's fixed value suits the widths of ViT-S and ViT-B (384, 768); at a width of 100 almost nothing of an image
     reaches the global token of a fresh network, and DINO's loss then stays at its uniform start."""
+    token_learner: TokenLearnerSettings | None = None
+    """Learned tokens in place of the patches from some block on. timm's model of this name has none, so only an encoder
+    without them loads strictly into timm."""
 
     @property
     def timm_arguments(self) -> dict[str, Any]:
@@ -55,9 +59,9 @@ class Tokens(NamedTuple):
     global_token: Tensor
     """``b c``: what an image is represented by (CLS for ViT, average-pooled token for Swin)."""
     patches: Tensor
-    """``b n c``: patch tokens after the final norm."""
+    """``b n c``: patch tokens after the final norm; the learned ones where TokenLearner left no others."""
     grid: tuple[int, int]
-    """Rows and columns of the patch tokens; ``n = rows * columns``."""
+    """Rows and columns of the patch tokens; ``n = rows * columns``. Learned tokens lie in one row."""
     raw_patches: Tensor
     """``b n c``: patch tokens before the final norm."""
     auxiliary: Tensor | None = None
@@ -112,6 +116,16 @@ class Encoder(nn.Module):
         return [block for stage in self.model.layers for block in stage.blocks]  # type: ignore[union-attr]
 
     @property
+    def token_learning(self) -> TokenLearning | None:
+        """The learners of tokens inside a ViT, if the spec asks for them; they are part of ``model`` and its state dict."""
+        return getattr(self.model, "token_learner", None)
+
+    @property
+    def keeps_patches(self) -> bool:
+        """Whether the patch tokens that come out lie on the image: learned ones do not."""
+        return self.token_learning is None or self.token_learning.has_fusers
+
+    @property
     def reduction(self) -> int:
         """How many embedded patches lie along the side of a patch token: 1 for a ViT, 8 for a Swin of four stages."""
         return 1 if self.is_vit else 2 ** (len(self.model.layers) - 1)  # type: ignore[arg-type]
@@ -122,7 +136,13 @@ class Encoder(nn.Module):
         return int(self.model.patch_embed.proj.out_channels)  # type: ignore[union-attr, arg-type]
 
     def grid(self, size: int) -> tuple[int, int]:
-        """Rows and columns of the patch tokens of a square image of ``size`` pixels."""
+        """Rows and columns of the patch tokens of a square image of ``size`` pixels, as ``Tokens.grid`` has them."""
+        if not self.keeps_patches:
+            return 1, cast(TokenLearning, self.token_learning).tokens
+        return self.patch_grid(size)
+
+    def patch_grid(self, size: int) -> tuple[int, int]:
+        """The same before any token is learned."""
         patch: tuple[int, int] = self.model.patch_embed.patch_size  # type: ignore[union-attr, assignment]
         rows, columns = (size // side // self.reduction for side in patch)
         return rows, columns
@@ -168,6 +188,12 @@ class Encoder(nn.Module):
         wanted = [index % depth for index in blocks]
         if not self.has_cls and (auxiliary is not None or attention):
             raise UserError(f"{self.spec.arch} has no CLS token: auxiliary CLS tokens and CLS attention need a ViT that has one")
+        if attention and self.token_learning is not None:
+            raise UserError(
+                f"{self.spec.arch} with TokenLearner: the last block sees learned tokens, so CLS attends to no patches"
+            )
+        if masks is not None and not self.keeps_patches:
+            raise UserError(f"{self.spec.arch} with TokenLearner: no patches remain to be masked; set token_learner.fuser=true")
         if self.is_vit:
             return self._vit(images, auxiliary, sight, cut_attention, wanted, attention, masks, mask_token)
         return self._swin(images, wanted, masks, mask_token)
@@ -193,13 +219,22 @@ class Encoder(nn.Module):
             x, aux = torch.cat([x, aux], dim=1), None
         kept: dict[int, tuple[Tensor, Tensor]] = {}
         cls_attention: Tensor | None = None
+        learning = self.token_learning
         for index, block in enumerate(model.blocks):
+            learn = learning is not None and learning.before(index)
+            if learning is not None and learn:
+                patches = x[:, prefix:length]
+                x = learning.learn(index, x, prefix, length, grid)
+                length = prefix + learning.tokens
             if attention and index == len(model.blocks) - 1:
                 cls_attention = _cls_attention(_plain(block, self.spec.arch), x)[..., prefix:length]
             if aux is not None:
                 x, aux = self._run(_split_block, _plain(block, self.spec.arch), x, aux, sight, prefix)
             else:
                 x = self._run(block, x)
+            if learning is not None and learn and learning.has_fusers:
+                x = learning.fuse(index, x, prefix, patches)
+                length = prefix + patches.shape[1]
             if index in wanted:
                 kept[index] = (x[:, 0] if prefix else x.mean(1), x[:, prefix:length])
         if auxiliary is not None and not cut:
@@ -208,7 +243,7 @@ class Encoder(nn.Module):
         return Tokens(
             global_token=model.forward_head(normed, pre_logits=True),
             patches=normed[:, prefix:],
-            grid=grid,
+            grid=grid if self.keeps_patches else (1, length - prefix),
             raw_patches=x[:, prefix:],
             auxiliary=aux,
             blocks=tuple(kept[index] for index in wanted),
@@ -261,8 +296,28 @@ def build_encoder(spec: EncoderSpec, drop_path: float = 0.0, pretrained: bool = 
             patch = cast(int, model.patch_embed.patch_size[0])
             if spec.image_size % patch:
                 raise UserError(f"image_size {spec.image_size}: must be a multiple of {patch}, the patch size of {spec.arch}")
+            if spec.token_learner is not None:
+                _add_token_learner(spec, model)
             return Encoder(spec, model, drop_path)
     raise UserError(f"architecture {spec.arch} with {arguments}: not a ViT or Swin of timm's, or an option it does not have")
+
+
+def _add_token_learner(spec: EncoderSpec, model: nn.Module) -> None:
+    """Give ``model`` the learners that ``spec`` asks for; raises ``UserError`` where there is no place for them."""
+    settings = spec.token_learner
+    assert settings is not None
+    if not isinstance(model, VisionTransformer):
+        raise UserError(f"token_learner: {spec.arch} is no ViT, and only a ViT can go on with fewer tokens; leave it out")
+    depth, patches = len(model.blocks), model.patch_embed.num_patches
+    if settings.after >= depth:
+        raise UserError(f"token_learner.after {settings.after}: {spec.arch} has {depth} blocks; choose 1 to {depth - 1}")
+    if settings.tokens > patches:
+        raise UserError(
+            f"token_learner.tokens {settings.tokens}: {spec.image_size} pixels make only {patches} patches; choose fewer tokens"
+        )
+    for block in model.blocks:
+        _plain(block, spec.arch, "token_learner")
+    model.token_learner = TokenLearning(model.embed_dim, depth, settings)
 
 
 def dino_init(encoder: Encoder) -> None:
@@ -270,15 +325,17 @@ def dino_init(encoder: Encoder) -> None:
     (Linear weights 1 / sqrt(inputs) if the spec says ``fan-in``).
 
     timm's own initialisation is the same but for the CLS token, which it draws with std 1e-6, and for architectures
-    that bring a rule of their own. Biases become 0; convolutions, norms and relative position tables stay as built.
+    that bring a rule of their own. Biases become 0; convolutions, norms, relative position tables and token learners
+    stay as built.
     """
     model = encoder.model
     for name in ("cls_token", "reg_token", "dist_token", "pos_embed"):
         parameter = getattr(model, name, None)
         if isinstance(parameter, nn.Parameter):
             nn.init.trunc_normal_(parameter, std=0.02)
+    learners = set() if encoder.token_learning is None else set(encoder.token_learning.modules())
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module not in learners:
             nn.init.trunc_normal_(module.weight, std=0.02 if encoder.spec.init == "dino" else module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -314,11 +371,11 @@ def _swap(model: nn.Module, name: str, rate: float) -> SharedDropPath:
     return path
 
 
-def _plain(block: nn.Module, arch: str) -> Block:
-    """``block``, if its structure is the one that the split attention knows."""
+def _plain(block: nn.Module, arch: str, what: str = "auxiliary CLS tokens and CLS attention (use pooled tokens only)") -> Block:
+    """``block``, if its structure is timm's plain one, which the split attention knows; else an error about ``what``."""
     if type(block) is Block and type(block.attn) is Attention and getattr(block.attn, "gate", None) is None:
         return block
-    raise UserError(f"{arch}: auxiliary CLS tokens and CLS attention need timm's plain pre-norm blocks (use pooled tokens only)")
+    raise UserError(f"{arch}: has other blocks than timm's plain pre-norm ones, which are needed for {what}")
 
 
 def _heads(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from mte_bench.encoders.correlation import weighted_pooling
 from mte_bench.encoders.encoder import Encoder, Sight, Tokens
+from mte_bench.encoders.token_learner import TokenLearner
 from mte_bench.errors import UserError
 from mte_bench.settings import Settings
 
-Pooling = Literal["shared-pointwise", "independent", "scalar", "average", "max"]
+Pooling = Literal["shared-pointwise", "independent", "scalar", "average", "max", "tokenlearner", "tokenlearner-v1.1"]
 
 
 class AuxiliarySettings(Settings):
@@ -32,7 +33,9 @@ class AuxiliarySettings(Settings):
     """How pooled tokens weigh the patches. ``shared-pointwise``: one 1x1 convolution, then a depth-wise one with a kernel
     per token and channel; the literal reading of "a point-wise convolution and an depth-wise convolution", and the only
     full-shape weighting that meets the printed 6.4 G. ``independent``: both convolutions per token. ``scalar``: per
-    token a depth-wise convolution, then 1x1 to one map. ``average`` and ``max`` have no weights (Table 15)."""
+    token a depth-wise convolution, then 1x1 to one map. ``average`` and ``max`` have no weights (Table 15).
+    ``tokenlearner`` and ``tokenlearner-v1.1`` are a peer's (``token_learner.py``); no other ``pool_`` setting but
+    ``pool_input`` applies to them."""
     kernel: int = Field(11, ge=1)
     """Side of the depth-wise kernel: 11, as in Conv2Former, which the paper cites (and "an" fits eleven)."""
     pool_activation: Literal["gelu", "none"] = "gelu"
@@ -107,12 +110,17 @@ class AdaptivePooling(nn.Module):
 
         self.pointwise: nn.Conv2d | None = None
         self.depthwise: nn.Conv2d | None = None
+        self.learner: TokenLearner | None = None
+        self.by_weights = False
+        """Whether to compute every weight, as the definition says, also where there is a quicker way to the same tokens."""
         if settings.pooling == "shared-pointwise":
             self.pointwise, self.depthwise = nn.Conv2d(width, width, 1, bias=bias), depthwise(width)
         elif settings.pooling == "independent":
             self.pointwise, self.depthwise = nn.Conv2d(width, maps, 1, bias=bias), depthwise(maps)
         elif settings.pooling == "scalar":
             self.depthwise, self.pointwise = depthwise(width), nn.Conv2d(maps, tokens, 1, groups=tokens, bias=bias)
+        elif settings.pooling.startswith("tokenlearner"):
+            self.learner = TokenLearner(width, tokens, "v1" if settings.pooling == "tokenlearner" else "v1.1")
 
     def _activate(self, x: Tensor) -> Tensor:
         return F.gelu(x) if self.settings.pool_activation == "gelu" else x
@@ -121,6 +129,8 @@ class AdaptivePooling(nn.Module):
         """Weights of ``feature_map`` (``b c h w``) as ``b t c h w``, or ``b t 1 h w`` where channels share them."""
         b, c, h, w = feature_map.shape
         tokens = self.settings.pooled
+        if self.learner is not None:  # sums over positions; a mean follows here
+            return self.learner.weights(feature_map.flatten(2).transpose(1, 2), (h, w)).view(b, tokens, 1, h, w) * (h * w)
         if self.pointwise is None or self.depthwise is None:
             return feature_map.new_ones(b, tokens, 1, h, w)
         if self.settings.pooling == "scalar":  # the grouped 1x1 wants one token's channels side by side
@@ -143,8 +153,10 @@ class AdaptivePooling(nn.Module):
             return patches.amax(1, keepdim=True).expand(-1, settings.pooled, -1)
         if settings.pooling == "average":
             return patches.mean(1, keepdim=True).expand(-1, settings.pooled, -1)
+        if self.learner is not None:
+            return self.learner(patches, grid)
         feature_map = patches.transpose(1, 2).unflatten(2, grid)
-        if settings.pooling == "shared-pointwise" and settings.pool_normalise == "none":
+        if settings.pooling == "shared-pointwise" and settings.pool_normalise == "none" and not self.by_weights:
             assert self.pointwise is not None and self.depthwise is not None
             modulation = self._activate(self.pointwise(feature_map))
             return weighted_pooling(feature_map, modulation, self.depthwise.weight, self.depthwise.bias)
@@ -229,6 +241,8 @@ class MultiToken(nn.Module):
         """Weight maps of the pooled tokens, ``b t h w``: absolute weights, averaged over channels."""
         if not self.auxiliary.settings.pooled:
             raise UserError("pooling maps: this checkpoint was pre-trained without pooled tokens (pooled: 0)")
+        if not self.encoder.keeps_patches:
+            raise UserError("pooling maps: TokenLearner left no patches, so that the weights lie nowhere on the image")
         tokens = self.auxiliary.encoder_tokens(self.encoder, images)
         patches = self.auxiliary.pooled_from(tokens)
         return self.auxiliary.pool.weights(patches.transpose(1, 2).unflatten(2, tokens.grid)).abs().mean(2)
