@@ -46,7 +46,7 @@ class IBOT(DINO):
         temperature = self.temperature(max(0, epoch - s.masking.start_epoch))  # its own warm-up begins with the masks
         prediction = self.prediction(student)
         target = F.softmax((full(teacher[masks]) - self.patch_centre) / temperature, dim=-1)
-        share = (1 / masks.sum(1).clamp(min=1)).unsqueeze(1).expand(masks.shape)[masks]
+        share = (1 / masks.sum(1).clamp(min=1).to(target.dtype)).unsqueeze(1).expand(masks.shape)[masks]
         return -((target * prediction).sum(-1) * share).sum() / len(masks) * s.patch_weight
 
     def update(self, vectors: list[Tensor], patches: list[Tensor]) -> None:
