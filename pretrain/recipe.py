@@ -93,8 +93,9 @@ class Optimiser(Settings):
     """Largest L2 norm of the gradient; null does not clip."""
     clip_norm: Literal["tensor", "whole"] = "tensor"
     """Whether ``clip`` bounds each parameter tensor's own gradient, as in DINO, or the norm of all of them together."""
-    decay: Literal["weights", "all"] = "weights"
-    """What weight decay applies to: all but biases, 1-D parameters and Swin's relative position tables; or everything."""
+    decay: Literal["weights", "layers", "all"] = "weights"
+    """What weight decay applies to. ``weights``: all but biases, 1-D parameters and Swin's relative position tables;
+    ``layers``: neither to tokens and position tables (DeiT, MAE); or everything."""
     warmup_from: float = Field(0.0, ge=0)
     """Where the warm-up starts, scaled like ``lr``."""
     min_lr_scaled: bool = False

@@ -1,13 +1,15 @@
 """HSSL: its companion against timm's ConvNeXt blocks, the ramp of stochastic depth, and whole steps from the formula."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from test_mte import TINY, perturbed
-from test_trainer import CPU, assert_same_end, folder  # noqa: F401 - a fixture
+from test_trainer import CPU, assert_same_end, by_one_and_by_two_processes, first_gradients, folder  # noqa: F401 - a fixture
 from timm.models.convnext import ConvNeXtBlock
 
 from mte_bench.data.sources import open_source
@@ -176,21 +178,29 @@ def test_a_whole_step_from_the_formula(local: int, enhanced: bool) -> None:
     torch.testing.assert_close(method.centre, centre, rtol=1e-10, atol=1e-12)
 
 
+RUN: dict[str, Any] = {
+    **TINY,
+    "method": "hssl",
+    "drop_path": 0.3,
+    "epochs": 2,
+    "batch_size": 8,
+    "views": {"global1": {"size": 32}, "global2": {"size": 32}, "local": {"size": 16}, "local_count": 1},
+    "mte": {"auxiliary_cls": 1, "pooled": 1, "kernel": 3},
+    "optimiser": {"lr": 1e-4, "warmup_epochs": 0},
+}
+
+
+def make(folder: Path, out: Path, **changes: Any) -> Trainer:  # noqa: F811
+    recipe = Recipe(**{**RUN, **changes})
+    return Trainer(recipe, open_source(str(folder), "train"), out, device=CPU, workers=0, save_minutes=0.0)
+
+
 def test_a_stopped_run_goes_on_exactly_and_keeps_the_encoder_alone(folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    recipe = Recipe(**{
-        **TINY, "method": "hssl", "drop_path": 0.3, "epochs": 2, "batch_size": 8,
-        "views": {"global1": {"size": 32}, "global2": {"size": 32}, "local": {"size": 16}, "local_count": 1},
-        "mte": {"auxiliary_cls": 1, "pooled": 1, "kernel": 3},
-    })  # fmt: skip
-
-    def make(out: Path) -> Trainer:
-        return Trainer(recipe, open_source(str(folder), "train"), out, device=CPU, workers=0, save_minutes=0.0)
-
-    make(tmp_path / "whole").run()
-    trainer = make(tmp_path / "stopped")
+    make(folder, tmp_path / "whole").run()
+    trainer = make(folder, tmp_path / "stopped")
     step = trainer._step
 
-    def until(*arguments: object) -> dict[str, float]:
+    def until(*arguments: Any) -> Any:
         if trainer.step == 5:
             raise KeyboardInterrupt
         return step(*arguments)
@@ -198,5 +208,25 @@ def test_a_stopped_run_goes_on_exactly_and_keeps_the_encoder_alone(folder: Path,
     trainer._step = until
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
-    make(tmp_path / "stopped").run()
+    make(folder, tmp_path / "stopped").run()
     assert_same_end(tmp_path / "stopped", tmp_path / "whole")
+    plain = build_encoder(VIT.model_copy(update={"options": TINY["arch_options"]}))
+    assert safetensors.torch.load_file(tmp_path / "whole" / "encoder.safetensors").keys() == plain.model.state_dict().keys()
+
+
+def test_accumulated_micro_batches_give_the_same_gradients(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    """So masks and the companion's stochastic depth are an image's own, not a micro-batch's."""
+    whole = first_gradients(make(folder, tmp_path / "1"))
+    parts = first_gradients(make(folder, tmp_path / "4", accumulate=4))
+    assert whole.keys() == parts.keys() and any(name.startswith("companion.blocks.2") for name in whole)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    one, two = by_one_and_by_two_processes(RUN, folder, tmp_path)
+    assert len(one) == len(two) == 8
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)

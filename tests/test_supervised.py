@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import stats
 from test_loader import Pictures, same
 from test_mte import TINY, perturbed
-from test_trainer import CPU, assert_same_end, folder  # noqa: F401 - a fixture
+from test_trainer import CPU, assert_same_end, by_one_and_by_two_processes, folder  # noqa: F401 - a fixture
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -27,6 +27,7 @@ from mte_bench.errors import UserError
 from pretrain import mte
 from pretrain.loader import StepSampler, epoch_order, view_loader
 from pretrain.methods.supervised import Supervised
+from pretrain.optimiser import build_optimiser
 from pretrain.recipe import Recipe, View, Views
 from pretrain.seeded import seeded
 from pretrain.trainer import Trainer
@@ -352,6 +353,26 @@ def test_a_run_can_be_stopped_and_its_classifier_is_kept(
     with torch.no_grad():
         right = [model(transform(image).unsqueeze(0)).argmax().item() == label for image, label in loader]
     assert measured[-1]["classifier_top1"] == pytest.approx(100 * np.mean(right))
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does_but_for_mixing(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    changes = {"method_settings": {"mixup": 0, "cutmix": 0}, "optimiser": {"lr": 1e-4, "warmup_epochs": 0}}
+    one, two = by_one_and_by_two_processes({**RUN, **changes, "mte": {"kernel": 3}}, folder, tmp_path)
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (one, two)]
+    assert len(losses[0]) == 8 and losses[1] == pytest.approx(losses[0], rel=2e-5)
+
+
+def test_tokens_and_positions_have_no_weight_decay_as_in_timm() -> None:
+    recipe = Recipe(**{**RUN, "mte": {}, "optimiser": {"decay": "layers"}})
+    student = mte.Branch(recipe, make_method(), student=True)
+    groups = build_optimiser(student, recipe.optimiser, CPU).param_groups
+    undecayed = {id(parameter) for parameter in groups[1]["params"]}
+    model = student.encoder.model
+    skipped = model.no_weight_decay()
+    assert {"pos_embed", "cls_token"} <= skipped and id(student.auxiliary.cls) in undecayed
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in undecayed) == (parameter.ndim == 1 or name in skipped), name
 
 
 def test_the_global_classifier_learns_from_its_auxiliary_ones_alone(tmp_path: Path) -> None:
