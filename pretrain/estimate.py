@@ -42,9 +42,10 @@ def estimate(trainer: "Trainer") -> dict[str, str]:
 
 def _measure(trainer: "Trainer", images: int) -> tuple[float, int]:
     """Seconds of one step on ``images`` images, and the bytes that autograd kept for it."""
-    views = trainer.recipe.views
-    sizes = [(2, views.global1.size)] + ([(views.local_count, views.local.size)] if views.local_count else [])
-    groups = [torch.randn(count, images, 3, size, size, device=trainer.device) for count, size in sizes]
+    groups = [torch.randn(count, images, 3, size, size, device=trainer.device) for count, size in trainer.recipe.views.groups]
+    labels = None
+    if trainer.method.labelled:
+        groups[0], labels = trainer.method.labels(groups[0], torch.zeros(images, dtype=torch.long, device=trainer.device), 0)
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def _measure(trainer: "Trainer", images: int) -> tuple[float, int]:
     _wait(trainer.device)
     started = time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        parts = trainer.forward(trainer.student, groups, [None] * len(groups), epoch=0)[0]
+        parts = trainer.forward(trainer.student, groups, [None] * len(groups), epoch=0, labels=labels)[0]
     parts["loss"].backward()
     trainer.update(0.0)
     _wait(trainer.device)

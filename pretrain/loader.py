@@ -20,27 +20,28 @@ from pretrain.recipe import Recipe, Views
 from pretrain.views import Draws, make_views, readable
 
 Key = tuple[int, int]
-"""(epoch, image index)."""
+"""(epoch, place). A place below the number n of images is an image's index; place + n, place + 2 n ... are repetitions of
+it, with random choices of their own."""
 
 
 class Batch(NamedTuple):
     """One process's images of one micro-step."""
 
     groups: list[Tensor]
-    """uint8, one per resolution: the global views (2, b, 3, h, w), then the local ones (local_count, b, 3, h, w) if any.
+    """uint8, one per resolution: the global views (2 or 1, b, 3, h, w), then the local (local_count, b, 3, h, w) if any.
     ``views.normalise`` makes floats of them, best on the device: a quarter of the bytes travel."""
     labels: Tensor
     """(b,) int64, -1 where there is none."""
     indices: Tensor
     """(b,) int64: the images that the views were made of."""
     masks: Tensor | None
-    """(2, b, rows * columns) bool: which patches of the global views the student does not see; None without masking."""
+    """(2 or 1, b, rows * columns) bool: which patches of the global views the student does not see; None without masking."""
     corrupt: dict[str, str]
     """Images that could not be read, by name, and why; others stand in their place."""
 
 
 class StepSampler(Sampler[list[Key]]):
-    """For every micro-step from optimiser step ``first_step`` to the end of the run, the (epoch, index) of this process.
+    """For every micro-step from optimiser step ``first_step`` to the end of the run, the (epoch, place) of this process.
 
     Step s of an epoch takes images ``order[s * batch_size : (s + 1) * batch_size]``; what is left at the end of an epoch is
     dropped. Of these, process r has the r-th contiguous part, and its micro-steps are contiguous parts of that.
@@ -57,6 +58,7 @@ class StepSampler(Sampler[list[Key]]):
         first_step: int = 0,
         process: tuple[int, int] = (0, 1),
         accumulate: int = 1,
+        repeats: int = 1,
     ):
         if images < batch_size:
             raise UserError(f"batch_size {batch_size} is more than the {images} images of the data; set a smaller batch_size")
@@ -64,7 +66,7 @@ class StepSampler(Sampler[list[Key]]):
             parts = f"{process[1]} processes x {accumulate} accumulated micro-batches"
             raise UserError(f"batch_size {batch_size} is not divisible by {parts}; change one of them")
         self.images, self.batch_size, self.epochs, self.seed = images, batch_size, epochs, seed
-        self.first_step, self.accumulate = first_step, accumulate
+        self.first_step, self.accumulate, self.repeats = first_step, accumulate, repeats
         self.rank, self.processes = process
         self.steps_per_epoch = images // batch_size
 
@@ -76,22 +78,24 @@ class StepSampler(Sampler[list[Key]]):
         micro = share // self.accumulate
         first_epoch, first = divmod(self.first_step, self.steps_per_epoch)
         for epoch in range(first_epoch, self.epochs):
-            order = epoch_order(self.seed, epoch, self.images)
+            order = epoch_order(self.seed, epoch, self.images, self.repeats)
             for step in range(first, self.steps_per_epoch):
                 start = step * self.batch_size + self.rank * share
                 for part in range(start, start + share, micro):
-                    yield [(epoch, index) for index in order[part : part + micro]]
+                    yield [(epoch, place) for place in order[part : part + micro]]
             first = 0
 
 
-def epoch_order(seed: int, epoch: int, images: int) -> list[int]:
-    """The order in which an epoch takes the images."""
-    order: list[int] = Draws(seed).order(epoch, images).tolist()
-    return order
+def epoch_order(seed: int, epoch: int, images: int, repeats: int = 1) -> list[int]:
+    """The order in which an epoch takes the images, as places; with ``repeats``, each so many times in a row."""
+    order = Draws(seed).order(epoch, images)
+    turns = np.arange(images)
+    places: list[int] = (order[turns // repeats] + turns % repeats * images).tolist()
+    return places
 
 
 class ViewDataset(Dataset[Batch | UserError]):
-    """Maps a list of (epoch, index) to the ``Batch`` of their views; errors the user can mend are returned, not raised.
+    """Maps a list of (epoch, place) to the ``Batch`` of their views; errors the user can mend are returned, not raised.
 
     In place of an image that cannot be read comes the next one by index that can (after the last, the first), with its own
     label and index, but the random choices of the image it replaces. At most ``allow_corrupt`` are passed over in a row.
@@ -106,8 +110,8 @@ class ViewDataset(Dataset[Batch | UserError]):
         corrupt: dict[str, str] = {}
 
         def read() -> Iterator[Image.Image]:
-            for _, index in keys:
-                position, image = readable(self.images, index, self.allow_corrupt, corrupt)
+            for _, place in keys:
+                position, image = readable(self.images, place % len(self.images), self.allow_corrupt, corrupt)
                 taken.append(position)
                 yield image
 
@@ -162,6 +166,7 @@ def view_loader(
         first_step=first_step,
         process=process,
         accumulate=recipe.accumulate,
+        repeats=recipe.repeats,
     )
     loader = DataLoader(
         ViewDataset(images, recipe.views, seed=seed, allow_corrupt=allow_corrupt, masks=masks),

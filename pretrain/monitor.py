@@ -1,7 +1,7 @@
-"""k-NN while training: how good the encoder is so far, on the data it is trained on."""
+"""k-NN, and the classifier where there is one, while training: how good the encoder is so far, on the data it is trained on."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from mte_bench.data.sources import ImageSet, take
@@ -35,24 +35,29 @@ def knn_top1(encoder: Encoder, bank: ImageSet, queries: ImageSet, device: torch.
     Images without a label or that cannot be read are left out. A look at the run, not a record: ``mte-bench knn``
     makes those.
     """
-    transform = EvaluationTransform.for_size(encoder.spec.image_size, encoder.spec.mean, encoder.spec.std)
-    was_training = encoder.training
-    encoder.eval()
-    features, labels = _encode(encoder, take(bank, "images", MOST_BANK), transform, device, workers)
-    asked, truth = _encode(encoder, take(queries, "images", MOST_QUERIES), transform, device, workers)
-    encoder.train(was_training)
-    similarities, indices = search(asked, features, min(K, len(features)))
+    features, labels = _encode(encoder, take(bank, "images", MOST_BANK), device, workers)
+    asked, truth = _encode(encoder, take(queries, "images", MOST_QUERIES), device, workers)
+    similarities, indices = search(normalise(asked), normalise(features), min(K, len(features)))
     ranked = vote(similarities, labels[indices], len(bank.classes), [similarities.shape[1]], TEMPERATURE)
     return 100 * (ranked[similarities.shape[1]][:, 0] == truth.cpu()).double().mean().item()
 
 
 @torch.no_grad()
-def _encode(
-    encoder: Encoder, images: ImageSet, transform: EvaluationTransform, device: torch.device, workers: int
-) -> tuple[Tensor, Tensor]:
+def classifier_top1(encoder: Encoder, head: nn.Module, queries: ImageSet, device: torch.device, workers: int) -> float:
+    """Top-1 of the global token's classifier ``head`` in percent, on at most 5,000 images."""
+    features, labels = _encode(encoder, take(queries, "images", MOST_QUERIES), device, workers)
+    return 100 * (head(features.unsqueeze(0))[0].argmax(-1) == labels).double().mean().item()
+
+
+@torch.no_grad()
+def _encode(encoder: Encoder, images: ImageSet, device: torch.device, workers: int) -> tuple[Tensor, Tensor]:
+    """Global tokens ``n c`` and labels of the images that have one and can be read."""
+    transform = EvaluationTransform.for_size(encoder.spec.image_size, encoder.spec.mean, encoder.spec.std)
     loader = DataLoader(_Images(images, transform), batch_size=256, num_workers=workers)
-    encoder.use_drop_path(None)
+    was_training = encoder.training
+    encoder.eval().use_drop_path(None)
     parts = [(encoder(batch.to(device)).global_token.float(), labels) for batch, labels in loader]
+    encoder.train(was_training)
     features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     known = labels >= 0
-    return normalise(features[known.to(device)]), labels[known].to(device)
+    return features[known.to(device)], labels[known].to(device)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mte_bench.encoders.encoder import EncoderSpec, build_encoder
+from mte_bench.encoders.encoder import EncoderSpec, SharedDropPath, build_encoder
 from mte_bench.encoders.heads import Fusion
 from mte_bench.encoders.tokens import AuxiliaryTokens
 from mte_bench.errors import UserError
@@ -67,6 +67,8 @@ class Branch(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, self.encoder.embedded_width)) if student and method.masking else None
         self.companion = method.companion(self.encoder, drop_path)
         self.companion_head = method.head(self.encoder.width, 1) if self.companion else None
+        if self.companion:  # its stochastic depth is drawn and given along with the encoder's
+            self.encoder.drop_paths += [module for module in self.companion.modules() if isinstance(module, SharedDropPath)]
         self.mte = recipe.mte
         self.auxiliary: AuxiliaryTokens | None = None
         self.heads: nn.Module | None = None
@@ -194,6 +196,10 @@ def check(recipe: "Recipe", kind: type["Method"]) -> None:
     """Raise a ``UserError`` if the recipe's settings contradict each other; costs no memory and no data."""
     method = kind(kind.Settings.check(recipe.method_settings, "method_settings"), classes=2)
     method.fits(recipe.batch_size)
+    if method.labelled and (recipe.views.global2 or recipe.views.local_count):
+        raise UserError(f"method {recipe.method}: learns from one view; set views.global2=null and views.local_count=0")
+    if not method.labelled and not recipe.views.global2:
+        raise UserError(f"method {recipe.method}: compares two views; views.global2 must not be null")
     with torch.device("meta"):
         branch = Branch(recipe, method, student=True)
     rows, columns = branch.encoder.patch_grid(recipe.views.global1.size)
@@ -249,8 +255,10 @@ def loss(
     """
     assert student.of_global is not None
     of_global = targets.of_global
-    if method.labelled and student.of_fused is not None:  # equation (9): the fused vector teaches the global token
-        of_global = [method.target(view.detach(), epoch) for view in student.of_fused]
+    label_weight = 0.0
+    if method.labelled and recipe.mte and recipe.mte.target == "fused" and student.of_fused is not None:
+        of_global = [method.target(view.detach(), epoch) for view in student.of_fused]  # equation (9): fused teaches global
+        label_weight = recipe.mte.label_weight
     base = over_pairs(method, student.of_global, of_global)
     if student.of_companion is not None:
         base = (base + over_pairs(method, student.of_companion, of_global)) / 2
@@ -259,6 +267,9 @@ def loss(
         of_fused = over_pairs(method, student.of_fused, targets.lead)
         weights = recipe.mte.weights or ((1.0, 1.0) if method.labelled else (0.5, 0.5))
         parts = {"loss": weights[0] * of_fused + weights[1] * base, "loss_fused": of_fused, "loss_global": base}
+    if label_weight:
+        parts["loss_labels"] = over_pairs(method, student.of_global, targets.lead)
+        parts["loss"] = parts["loss"] + label_weight * parts["loss_labels"]
     if masks is not None:
         assert student.of_patches is not None
         views = zip(student.of_patches, targets.patches, masks, strict=True)

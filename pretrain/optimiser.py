@@ -19,13 +19,16 @@ def build_optimiser(student: nn.Module, settings: Optimiser, device: torch.devic
     plain: list[nn.Parameter] = []
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            (plain if settings.decay == "weights" and _undecayed(name, parameter) else decayed).append(parameter)
+            (plain if _undecayed(name, parameter, settings.decay) else decayed).append(parameter)
     groups = [{"params": decayed, "decayed": True}, {"params": plain, "weight_decay": 0.0, "decayed": False}]
     return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=device.type in ("cpu", "cuda"))
 
 
-def _undecayed(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim == 1 or name.endswith(("bias", "relative_position_bias_table"))
+def _undecayed(name: str, parameter: nn.Parameter, decay: str) -> bool:
+    if decay == "all":
+        return False
+    token = decay == "layers" and name.endswith(("_token", "pos_embed", "auxiliary.cls"))
+    return token or parameter.ndim == 1 or name.endswith(("bias", "relative_position_bias_table"))
 
 
 def learning_rate(step: int, total: int, steps_per_epoch: int, settings: Optimiser, batch_size: int) -> float:

@@ -1,6 +1,7 @@
 """A recipe: the complete settings of one pre-training, as its YAML file states them."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,11 +16,12 @@ from pretrain.methods import METHODS
 
 RECIPES = Path(__file__).parent / "recipes"
 SMOKE_BATCH = 8
+RAND_AUGMENT = r"rand(-(m|n|mmax|inc)\d+|-(mstd|p)\d+(\.\d+)?|-t(weights|3aw?))*"
 Probability = float
 
 
 class View(Settings):
-    """How one kind of view is made; the order is crop, flip, jitter, grayscale, blur, solarize, normalise."""
+    """How one kind of view is made; the order is crop, flip, RandAugment, jitter, grayscale, blur, solarize, erasing."""
 
     size: int = Field(224, gt=0)
     scale: tuple[float, float] = (0.14, 1.0)
@@ -36,6 +38,10 @@ class View(Settings):
     """Range of the Gaussian's standard deviation in pixels of the view (PIL's ``radius``)."""
     solarize: Probability = Field(0.0, ge=0, le=1)
     solarize_threshold: int = Field(128, ge=0, le=256)
+    auto_augment: str | None = None
+    """RandAugment in timm's notation, e.g. ``rand-m9-mstd0.5-inc1``; supervised recipes have it in place of the jitter."""
+    erase: Probability = Field(0.0, ge=0, le=1)
+    """Probability of random erasing: a rectangle becomes noise, each value drawn by itself (timm's ``pixel`` mode)."""
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
@@ -45,6 +51,8 @@ class View(Settings):
                 raise ValueError(f"{name} must be two numbers above 0, the smaller first" + (", at most 1" if most == 1 else ""))
         if min(self.jitter_strength) < 0 or self.jitter_strength[3] > 0.5:
             raise ValueError("jitter_strength must be four numbers from 0, the last (hue) at most 0.5")
+        if self.auto_augment and not re.fullmatch(RAND_AUGMENT, self.auto_augment):
+            raise ValueError(f"auto_augment '{self.auto_augment}' is not in timm's notation, e.g. rand-m9-mstd0.5-inc1")
         return self
 
 
@@ -52,9 +60,21 @@ class Views(Settings):
     """Two global views and ``local_count`` local views of each image. Source: DINO's augmentation."""
 
     global1: View = View(blur=1.0)
-    global2: View = View(blur=0.1, solarize=0.2)
+    global2: View | None = View(blur=0.1, solarize=0.2)
+    """Null where one view is enough: for methods that learn from labels."""
     local: View = View(size=96, scale=(0.05, 0.4), blur=0.5)
     local_count: int = Field(0, ge=0)
+
+    @property
+    def global_views(self) -> list[View]:
+        """One or two."""
+        return [self.global1] if self.global2 is None else [self.global1, self.global2]
+
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        """(number of views, their size in pixels) of each resolution."""
+        local = [(self.local_count, self.local.size)] if self.local_count else []
+        return [(len(self.global_views), self.global1.size), *local]
 
 
 class Optimiser(Settings):
@@ -74,8 +94,9 @@ class Optimiser(Settings):
     """Largest L2 norm of the gradient; null does not clip."""
     clip_norm: Literal["tensor", "whole"] = "tensor"
     """Whether ``clip`` bounds each parameter tensor's own gradient, as in DINO, or the norm of all of them together."""
-    decay: Literal["weights", "all"] = "weights"
-    """What weight decay applies to: all but biases, 1-D parameters and Swin's relative position tables; or everything."""
+    decay: Literal["weights", "layers", "all"] = "weights"
+    """What weight decay applies to. ``weights``: all but biases, 1-D parameters and Swin's relative position tables;
+    ``layers``: neither to tokens and position tables (DeiT, MAE); or everything."""
     warmup_from: float = Field(0.0, ge=0)
     """Where the warm-up starts, scaled like ``lr``."""
     min_lr_scaled: bool = False
@@ -100,9 +121,12 @@ class MTE(AuxiliarySettings):
     """Which of the student's vectors local views have: HSSL gives them both."""
     target: Literal["fused", "global", "each"] = "fused"
     """What of the teacher both losses are computed against. ``each`` compares the global token with the teacher's global
-    token, so that nothing is distilled into it (Fig. 13); ``global`` is for checks against the plain method."""
+    token (or with the labels), so that nothing is distilled into it (Fig. 13); ``global`` is for checks against the
+    plain method."""
     frozen: bool = False
     """Leave the auxiliary part as it was initialised and train the global token alone, by the plain loss (Fig. 12)."""
+    label_weight: float = Field(0.0, ge=0)
+    """Weight of the labels' own loss on the global token, beside what equation (9) distils into it. The paper has none."""
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -134,6 +158,9 @@ class Recipe(Settings):
     batch_size: int = Field(1024, gt=1)
     """Images of one optimiser step, over all processes and accumulated micro-batches."""
     accumulate: int = Field(1, ge=1)
+    repeats: int = Field(1, ge=1)
+    """Repeated augmentation: each image of an epoch comes so many times in a row, with different views. An epoch keeps
+    its length, so that it sees the first 1 / ``repeats`` of the images in its order. Source: DeiT."""
     views: Views = Views()
     optimiser: Optimiser = Optimiser()
     momentum: tuple[float, float] = (0.996, 1.0)
@@ -146,7 +173,7 @@ class Recipe(Settings):
     def _consistent(self) -> Self:
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} must be divisible by accumulate {self.accumulate}")
-        if self.views.global1.size != self.views.global2.size:
+        if self.views.global2 and self.views.global1.size != self.views.global2.size:
             raise ValueError("views.global1.size and views.global2.size must be equal")
         return self
 

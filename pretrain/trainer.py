@@ -20,7 +20,7 @@ from mte_bench import records
 from mte_bench.console import log
 from mte_bench.data.sources import ImageSet
 from mte_bench.device import autocast, peak_memory
-from mte_bench.encoders.checkpoint import open_checkpoint, save_auxiliary, save_encoder
+from mte_bench.encoders.checkpoint import open_checkpoint, save_auxiliary, save_classifier, save_encoder
 from mte_bench.errors import UserError
 from mte_bench.files import write_text
 from pretrain import distributed, mte, state
@@ -28,7 +28,7 @@ from pretrain.live import CURVES, Curves, LiveLine
 from pretrain.loader import Batch, Grid, StepSampler, epoch_order, view_loader
 from pretrain.methods import METHODS
 from pretrain.methods.base import mean_over_processes
-from pretrain.monitor import knn_top1
+from pretrain.monitor import classifier_top1, knn_top1
 from pretrain.optimiser import EMA, build_optimiser, clip_per_tensor, clip_whole, drop_gradients, learning_rate, set_rates
 from pretrain.recipe import Recipe
 from pretrain.schedules import cosine
@@ -73,6 +73,8 @@ class Trainer:
         self.corrupt: set[str] = set()
 
         kind = METHODS[recipe.method]
+        if kind.labelled and (images.labels < 0).any():
+            raise UserError(f"{images.source}: method {recipe.method} learns from labels, and not all of its images have one")
         torch.manual_seed(seed)
         self.method = kind(kind.Settings.check(recipe.method_settings, "method_settings"), len(images.classes)).to(device)
         self.student = mte.Branch(recipe, self.method, student=True).to(device)
@@ -244,8 +246,8 @@ class Trainer:
     def _stop_at_non_finite(self, loss: float, epoch: int) -> None:
         """Name what is needed to look into it; nothing of this step has touched weights or state."""
         start = self.step % self.steps_per_epoch * self.recipe.batch_size
-        indices = epoch_order(self.seed, epoch, len(self.images))[start : start + self.recipe.batch_size]
-        names = [self.images.name(index) for index in indices]
+        order = epoch_order(self.seed, epoch, len(self.images), self.recipe.repeats)
+        names = [self.images.name(place % len(self.images)) for place in order[start : start + self.recipe.batch_size]]
         listing = self.out / "non_finite_batch.txt"
         if self.rank == 0:
             write_text(listing, "\n".join(names) + "\n")
@@ -270,9 +272,13 @@ class Trainer:
             curves.write(self.step, self.epoch)
             every = self.recipe.knn_every
             if whole_epoch and every and self.held_out and (round(self.epoch) % every == 0 or self.step == self.total_steps):
-                top1 = knn_top1(self._evaluated.encoder, self.images, self.held_out, self.device, self.workers)
-                curves.line({"step": self.step, "epoch": self.epoch, "knn_top1": top1})
-                log(f"\nepoch {self.epoch:.0f}: k-NN top-1 {top1:.2f} %")
+                branch, how = self._evaluated, (self.held_out, self.device, self.workers)
+                found = {"knn_top1": knn_top1(branch.encoder, self.images, *how)}
+                if self.method.labelled:
+                    found["classifier_top1"] = classifier_top1(branch.encoder, branch.head, *how)
+                curves.line({"step": self.step, "epoch": self.epoch, **found})
+                words = ", ".join(f"{key.removesuffix('_top1')} {value:.2f} %" for key, value in found.items())
+                log(f"\nepoch {self.epoch:.0f}: top-1 by {words}")
             self._export()
             state.save(self)
         distributed.barrier()
@@ -296,6 +302,8 @@ class Trainer:
             "data_fingerprint": self.images.fingerprint,
         }
         save_encoder(self.out / "encoder.safetensors", branch.encoder, metadata)
+        if self.method.labelled:
+            save_classifier(self.out / "classifier.safetensors", branch.head, self.images.classes, metadata)
         if branch.auxiliary is not None:
             heads = {"global": branch.head, "tail": branch.tail, "fusion": branch.fusion}
             if branch.heads is not None:

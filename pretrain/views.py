@@ -3,11 +3,16 @@
 What is random in a view comes from (seed, epoch, image index, view number) and nothing else. Cropping and resizing is
 PIL's; the rest is done on many views of one size at once (``pretrain.pixels``). Views are 8-bit: a quarter of the bytes
 to pass from process to process and to the device, where ``normalise`` turns them into an encoder's input.
+
+Supervised recipes have RandAugment (timm's) in the jitter's place, and random erasing as the last step. That one fills a
+rectangle of the normalised image with standard normal noise (DeiT, timm ``random_erasing.py``); here the noise is taken
+back to 8 bits, which clips the 3 % of it that is darker than black or lighter than white. So its draws, too, are a
+view's own, whatever process or device it goes to, and the picture of the views shows it.
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, permutations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,16 +21,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from timm.data.auto_augment import RandAugment, rand_augment_transform
 from torch import Tensor
 
 from mte_bench.data.sources import ImageSet
+from mte_bench.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD
 from mte_bench.errors import CorruptImage, UserError
 from mte_bench.plotting import COLOURS, picture
 from pretrain import pixels
 from pretrain.recipe import View, Views
+from pretrain.seeded import seeded
 
 TRIES = 10
-"""Attempts at a crop that fits into the image before the central one is taken."""
+"""Attempts at a crop that fits into the image before the central one is taken, and at a rectangle to erase."""
 NUMBERS = 36
 """Random numbers that a view may use: a multiple of four, which is what the generator makes at a time."""
 GROUP = 1 << 17
@@ -86,6 +94,10 @@ class Choices(NamedTuple):
     blur: float
     """Standard deviation in pixels; 0 for none."""
     solarize: bool
+    augment: int
+    """Seed of RandAugment; -1 for none."""
+    erase: int
+    """Seed of the erased rectangle and its noise; -1 for none."""
 
 
 def choose(view: View, size: tuple[int, int], numbers: Sequence[float]) -> Choices:
@@ -94,6 +106,7 @@ def choose(view: View, size: tuple[int, int], numbers: Sequence[float]) -> Choic
     Every choice has its own numbers, so that changing one setting leaves the other choices as they were.
     """
     flip, jitter, order, brightness, contrast, saturation, hue, grayscale, blur, radius, solarize = numbers[2 * TRIES + 2 : 33]
+    augment, erase, noise = numbers[33:36]
     strengths = view.jitter_strength
     low, high = view.blur_radius
     return Choices(
@@ -109,6 +122,8 @@ def choose(view: View, size: tuple[int, int], numbers: Sequence[float]) -> Choic
         grayscale=grayscale < view.grayscale,
         blur=low + (high - low) * radius if blur < view.blur else 0.0,
         solarize=solarize < view.solarize,
+        augment=int(augment * 2**53) if view.auto_augment else -1,
+        erase=int(noise * 2**53) if erase < view.erase else -1,
     )
 
 
@@ -143,15 +158,45 @@ def crop_box(
 
 
 def crop(image: Image.Image, view: View, choices: Choices) -> pixels.Bytes:
-    """The first part of a view: cropped, resized and perhaps flipped, (h, w, 3)."""
+    """The first part of a view: cropped, resized, perhaps flipped and put through RandAugment, (h, w, 3)."""
     whole = (0, 0, *image.size)
     part = image if choices.box == whole else image.crop(choices.box)
     resized = np.asarray(part.resize((view.size, view.size), RESAMPLING[view.interpolation]))
-    return resized[:, ::-1] if choices.flip else resized
+    flipped = resized[:, ::-1] if choices.flip else resized
+    if view.auto_augment is None:
+        return flipped
+    with seeded(choices.augment):
+        return np.asarray(_rand_augment(view)(Image.fromarray(np.ascontiguousarray(flipped))))
+
+
+@lru_cache
+def _rand_augment(view: View) -> RandAugment:
+    """With timm's fill colour and its reach of translations for images of the view's size."""
+    fill = tuple(round(255 * channel) for channel in IMAGENET_MEAN)
+    how = {"translate_const": int(0.45 * view.size), "img_mean": fill, "interpolation": RESAMPLING[view.interpolation]}
+    return rand_augment_transform(view.auto_augment, how)
+
+
+def erase(image: pixels.Bytes, seed: int) -> None:
+    """Fill a rectangle of ``image`` (3, h, w) with noise, in place: 2 to 33 % of its area, aspect ratio 0.3 to 3.3.
+
+    Source: timm ``RandomErasing``, whose defaults DeiT keeps.
+    """
+    generator = np.random.default_rng(seed)
+    rows, columns = image.shape[1:]
+    for _ in range(TRIES):
+        area = generator.uniform(0.02, 1 / 3) * rows * columns
+        aspect = math.exp(generator.uniform(math.log(0.3), -math.log(0.3)))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h < rows and w < columns:
+            top, left = generator.integers(0, rows - h, endpoint=True), generator.integers(0, columns - w, endpoint=True)
+            noise = generator.standard_normal((h, w, 3)) * IMAGENET_STD + IMAGENET_MEAN
+            image[:, top : top + h, left : left + w] = np.rint(255 * noise.clip(0, 1)).transpose(2, 0, 1)
+            return
 
 
 def finish(planes: pixels.Bytes, view: View, choices: Sequence[Choices]) -> None:
-    """The rest, in place, for views (3, n, h, w) of one kind: jitter, grayscale, blur, solarize."""
+    """The rest, in place, for views (3, n, h, w) of one kind: jitter, grayscale, blur, solarize, erasing."""
 
     def change(where: NDArray[np.bool_], function: Callable[..., pixels.Bytes], *amounts: NDArray[Any]) -> None:
         rows = np.flatnonzero(where)
@@ -172,6 +217,9 @@ def finish(planes: pixels.Bytes, view: View, choices: Sequence[Choices]) -> None
     change(np.array([choice.grayscale for choice in choices]), pixels.grayscale)
     change(blurs > 0, pixels.gaussian_blur, blurs)
     change(np.array([choice.solarize for choice in choices]), partial(pixels.solarize, threshold=view.solarize_threshold))
+    for row, choice in enumerate(choices):
+        if choice.erase >= 0:
+            erase(planes[:, row], choice.erase)
 
 
 class _Kind:
@@ -203,12 +251,11 @@ class _Kind:
 def make_views(images: Iterable[Image.Image], keys: Sequence[tuple[int, int]], views: Views, draws: Draws) -> list[Tensor]:
     """The views of ``images`` (RGB), whose ``keys`` are (epoch, index): one uint8 tensor per resolution.
 
-    The first is (2, n, 3, h, w), both global views of the n images; the second, if there are local views, is
-    (local_count, n, 3, h, w).
+    The first is (2, n, 3, h, w), both global views of the n images (or the only one); the second, if there are local
+    views, is (local_count, n, 3, h, w).
     """
-    sizes = [(2, views.global1.size)] + ([(views.local_count, views.local.size)] if views.local_count else [])
-    groups = [np.empty((count, len(keys), 3, size, size), np.uint8) for count, size in sizes]
-    specs = [views.global1, views.global2] + [views.local] * views.local_count
+    groups = [np.empty((count, len(keys), 3, size, size), np.uint8) for count, size in views.groups]
+    specs = views.global_views + [views.local] * views.local_count
     kinds = [_Kind(view, out) for view, out in zip(specs, chain.from_iterable(groups), strict=True)]
     for image, (epoch, index) in zip(images, keys, strict=True):
         for kind, numbers in zip(kinds, draws.views(epoch, index, len(kinds)), strict=True):
@@ -249,7 +296,7 @@ def draw_views(path: str | Path, images: ImageSet, views: Views, seed: int, rows
     """Draw some images, each in a row with its views of the first epoch, the crops framed in it, into the picture ``path``."""
     from matplotlib.patches import Rectangle
 
-    specs = {"global 1": views.global1, "global 2": views.global2}
+    specs = {f"global {number}": view for number, view in enumerate(views.global_views, 1)}
     specs |= {f"local {number + 1}": views.local for number in range(min(most_locals, views.local_count))}
     indices = sorted({len(images) * row // rows for row in range(rows)})
     draws = Draws(seed)

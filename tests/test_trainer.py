@@ -83,23 +83,28 @@ def test_accumulated_micro_batches_give_the_same_gradients(folder: Path, tmp_pat
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_two_processes_give_the_gradients_and_losses_of_one(folder: Path, tmp_path: Path, batch_norm: bool) -> None:
     """torchrun with gloo, the same global batch: curves equal up to the order of reduction, also with drop path."""
-    recipe = tmp_path / "tiny.yaml"
     changes = {
         "optimiser": {"lr": 1e-4, "warmup_epochs": 0},
         "method_settings": {**TINY["method_settings"], "batch_norm_in_head": batch_norm},
     }
-    recipe.write_text(json.dumps({**TINY, **changes}))
+    one, two = by_one_and_by_two_processes({**TINY, **changes}, folder, tmp_path)
+    assert len(one) == len(two) == 12
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-4 if batch_norm else 2e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-2 if batch_norm else 1e-3)
+
+
+def by_one_and_by_two_processes(values: dict[str, Any], folder: Path, tmp_path: Path) -> list[list[dict[str, float]]]:
+    """The curves of the same run by one process and by two."""
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(json.dumps(values))
     options = ["pretrain", str(recipe), "--data", str(folder), "--workers", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(_free_port())]
     for name, command in {"one": [sys.executable], "two": launcher}.items():
         words = [*command, "-m", "mte_bench", *options, "--out", str(tmp_path / name)]
         subprocess.run(words, check=True, env=environment, capture_output=True)
-    one, two = ([json.loads(line) for line in (tmp_path / name / CURVES).read_text().splitlines()] for name in ("one", "two"))
-    assert len(one) == len(two) == 12
-    for a, b in zip(one, two, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=2e-4 if batch_norm else 2e-5)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-2 if batch_norm else 1e-3)
+    return [[json.loads(line) for line in (tmp_path / name / CURVES).read_text().splitlines()] for name in ("one", "two")]
 
 
 def _free_port() -> int:

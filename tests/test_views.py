@@ -229,7 +229,7 @@ def test_probabilities_are_those_of_the_settings():
     assert stats.kstest(blurs, stats.uniform(0.1, 1.9).cdf).pvalue > 1e-3
     never, always = (View(flip=p, jitter=p, grayscale=p, blur=p, solarize=p) for p in (0.0, 1.0))
     for choices in draw_choices(never, (64, 64), 200):
-        assert choices[1:3] == (False, -1) and choices[4:] == (False, 0.0, False)
+        assert choices[1:3] == (False, -1) and choices[4:7] == (False, 0.0, False)
     for choices in draw_choices(always, (64, 64), 200):
         assert choices.flip and choices.order >= 0 and choices.grayscale and choices.blur >= 0.1 and choices.solarize
 

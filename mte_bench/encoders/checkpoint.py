@@ -17,7 +17,7 @@ import pickle
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ ENCODER_NAME = "encoder.safetensors"
 AUXILIARY_NAME = "auxiliary.safetensors"
 ENCODER_FORMAT = "mte-bench-encoder/1"
 AUXILIARY_FORMAT = "mte-bench-auxiliary/1"
+CLASSIFIER_FORMAT = "mte-bench-classifier/1"
 
 
 @dataclass
@@ -130,6 +131,15 @@ def save_auxiliary(
         tensors |= {f"heads.{head}.{name}": tensor for name, tensor in module.state_dict().items()}
     settings = auxiliary.settings.model_dump(mode="json", include=set(AuxiliarySettings.model_fields))
     _write_safetensors(path, tensors, {**metadata, "format": AUXILIARY_FORMAT, "settings": settings})
+
+
+def save_classifier(path: str | Path, head: nn.Module, classes: Sequence[str], metadata: Mapping[str, Any]) -> None:
+    """Write the classifier ``head`` (a ``StackedLinear`` of one copy) of the global token as ``head.weight`` and ``head.bias``.
+
+    These are the names that a timm model with ``num_classes`` has beside the encoder's. The classes stand in the header.
+    """
+    tensors = {f"head.{name}": tensor.squeeze(0) for name, tensor in head.state_dict().items()}
+    _write_safetensors(path, tensors, {**metadata, "format": CLASSIFIER_FORMAT, "classes": list(classes)})
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

@@ -3,10 +3,20 @@
 from pretrain.methods.base import Method
 from pretrain.methods.byol import BYOL
 from pretrain.methods.dino import DINO
+from pretrain.methods.hssl import HSSL
 from pretrain.methods.ibot import IBOT
 from pretrain.methods.moby import MoBY
 from pretrain.methods.mocov3 import MoCoV3
+from pretrain.methods.supervised import Supervised
 
-METHODS: dict[str, type[Method]] = {"dino": DINO, "ibot": IBOT, "byol": BYOL, "mocov3": MoCoV3, "moby": MoBY}
+METHODS: dict[str, type[Method]] = {
+    "byol": BYOL,
+    "dino": DINO,
+    "hssl": HSSL,
+    "ibot": IBOT,
+    "moby": MoBY,
+    "mocov3": MoCoV3,
+    "supervised": Supervised,
+}
 
 __all__ = ["METHODS", "Method"]

@@ -21,8 +21,8 @@ class Method(nn.Module):
     """
 
     title: ClassVar[str]
-    evaluates: ClassVar[Literal["teacher", "student"]] = "teacher"
-    """Which branch's encoder is exported and evaluated."""
+    evaluates: Literal["teacher", "student"] = "teacher"
+    """Which branch's encoder is exported and evaluated; may depend on the settings."""
     teacher_moves: ClassVar[Literal["before", "after"]] = "after"
     """Whether the teacher takes its EMA step before a step's targets are computed, or after the optimiser's step."""
     statistics_per_view: ClassVar[bool] = False

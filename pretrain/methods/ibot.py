@@ -43,13 +43,10 @@ class IBOT(DINO):
     def patch_loss(self, student: Tensor, teacher: Tensor, masks: Tensor, epoch: int) -> Tensor:
         """Cross-entropy, averaged over each image's masked patches, then over all images (0 for one without any)."""
         s = self.settings
-        if epoch < s.masking.start_epoch:
-            temperature = s.warmup_teacher_temperature
-        else:
-            temperature = self.temperature(epoch)
+        temperature = self.temperature(max(0, epoch - s.masking.start_epoch))  # its own warm-up begins with the masks
         prediction = self.prediction(student)
         target = F.softmax((full(teacher[masks]) - self.patch_centre) / temperature, dim=-1)
-        share = (1 / masks.sum(1).clamp(min=1)).unsqueeze(1).expand(masks.shape)[masks]
+        share = (1 / masks.sum(1).clamp(min=1).to(target.dtype)).unsqueeze(1).expand(masks.shape)[masks]
         return -((target * prediction).sum(-1) * share).sum() / len(masks) * s.patch_weight
 
     def update(self, vectors: list[Tensor], patches: list[Tensor]) -> None:
