@@ -83,7 +83,7 @@ def test_parts_add_up_to_the_whole_whatever_the_method_has() -> None:
             assert all(value >= 0 for value in found.macs.values())
     swin = {"arch": "swin_tiny_patch4_window7_224", "patch_size": None}
     options = {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
-    plain, enhanced = counts(**{**TINY, **swin, "method": "dino", "arch_options": options})
+    _plain, enhanced = counts(**{**TINY, **swin, "method": "dino", "arch_options": options})
     assert "auxiliary CLS" not in enhanced.macs and enhanced.macs["poolers"] > 0
     learned, _ = counts(method="dino", token_learner={"tokens": 8})
     assert learned.macs["encoder"] / 1e9 == pytest.approx(2.43, abs=0.01)
