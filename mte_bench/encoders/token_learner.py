@@ -54,9 +54,10 @@ class TokenLearner(nn.Module):
         self.version = version
         if version == "v1":
             inputs = [width, tokens, tokens, tokens]
-            self.convolutions = nn.ModuleList(nn.Conv2d(size, tokens, 3, padding=1, bias=False) for size in inputs)
-            for size, convolution in zip(inputs, self.convolutions, strict=True):
+            convolutions = [nn.Conv2d(size, tokens, 3, padding=1, bias=False) for size in inputs]
+            for size, convolution in zip(inputs, convolutions, strict=True):
                 nn.init.normal_(convolution.weight, std=(9 * size) ** -0.5)  # as in the source, LeCun's rule
+            self.convolutions = nn.ModuleList(convolutions)
         else:
             self.mlp = _mlp(width, tokens, bias=False)  # the softmax would cancel it
 
