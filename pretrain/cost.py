@@ -50,13 +50,10 @@ class Counts(NamedTuple):
 
     parameters: dict[str, int]
     macs: dict[str, int]
+    forward_macs: int
+    """Of all parts."""
     step_macs: float
     """Of a training step on one image: the student on all views, backward as twice that, and the teacher's targets."""
-
-    @property
-    def forward_macs(self) -> int:
-        """Of all parts."""
-        return sum(self.macs.values())
 
 
 class Measured(NamedTuple):
@@ -113,7 +110,7 @@ def count(recipe: Recipe, by_definition: bool = True) -> Counts:
     rest = count_parameters(student) - sum(parameters.values())
     if rest:
         parameters["mask token"], macs["mask token"] = rest, 0
-    return Counts(parameters, macs, 3 * forward + targets)
+    return Counts(parameters, macs, counted.total, 3 * forward + targets)
 
 
 def _on_meta(recipe: Recipe, by_definition: bool) -> tuple[Method, mte.Branch, mte.Branch]:

@@ -6,7 +6,7 @@ the paper leaves open follows its authors' code (``google-research/scenic``, ``t
 default, and two biases that what follows cancels are left out.
 """
 
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,10 +54,10 @@ class TokenLearner(nn.Module):
         self.version = version
         if version == "v1":
             inputs = [width, tokens, tokens, tokens]
-            self.convolutions = nn.ModuleList(nn.Conv2d(size, tokens, 3, padding=1, bias=False) for size in inputs)
-            for convolution in self.convolutions:
-                # LeCun's rule, as in the source
-                nn.init.kaiming_normal_(cast(nn.Conv2d, convolution).weight, nonlinearity="linear")
+            convolutions = [nn.Conv2d(size, tokens, 3, padding=1, bias=False) for size in inputs]
+            for size, convolution in zip(inputs, convolutions, strict=True):
+                nn.init.normal_(convolution.weight, std=(9 * size) ** -0.5)  # as in the source, LeCun's rule
+            self.convolutions = nn.ModuleList(convolutions)
         else:
             self.mlp = _mlp(width, tokens, bias=False)  # the softmax would cancel it
 
