@@ -83,7 +83,7 @@ class Step:
         """The loss of a step."""
         with autocast(self.device, self.precision):
             vectors = mte.teacher_vectors(self.teacher, groups, self.recipe)
-            targets = mte.targets(self.method, vectors, 1)
+            targets = mte.targets(self.method, vectors, 1, self.recipe)
             self.vectors = mte.lead(vectors)
             return mte.loss(self.method, self.student(groups), targets, self.recipe)["loss"]
 

@@ -72,12 +72,13 @@ class Branch(nn.Module):
         self.mte = recipe.mte
         self.auxiliary: AuxiliaryTokens | None = None
         self.heads: nn.Module | None = None
+        self.fused_tails = nn.ModuleList()
         if recipe.mte:
-            self._add_auxiliary(recipe, method)
+            self._add_auxiliary(recipe, method, student)
         if not student:
             self.requires_grad_(False)
 
-    def _add_auxiliary(self, recipe: "Recipe", method: "Method") -> None:
+    def _add_auxiliary(self, recipe: "Recipe", method: "Method", student: bool) -> None:
         assert recipe.mte is not None
         if not recipe.mte.count:
             raise UserError("mte: auxiliary_cls and pooled are both 0; give it tokens or leave mte out")
@@ -86,10 +87,14 @@ class Branch(nn.Module):
         self.auxiliary = AuxiliaryTokens(self.encoder, recipe.mte)
         if recipe.mte.heads == "independent":
             self.heads = method.head(self.encoder.width, recipe.mte.count)
-        count = recipe.mte.count + (self.companion is not None)
+        if recipe.mte.statistics == "both" and not hasattr(method, "centre"):
+            raise UserError(f"mte.statistics=both: {method.title} has no centre; leave it at 'target'")
+        count = recipe.mte.count + (self.companion is not None) + recipe.mte.fuse_global
         self.fusion = Fusion(recipe.mte.fusion, count, method.output_width)
+        own = {"shared": 0, "fused": 1, "each": count}[recipe.mte.tails]
+        self.fused_tails = nn.ModuleList(method.tail(student) for _ in range(own))
         if recipe.mte.frozen:
-            for part in (self.auxiliary, self.heads, self.fusion):
+            for part in (self.auxiliary, self.heads, self.fusion, self.fused_tails):
                 if part is not None:
                     part.requires_grad_(False)
 
@@ -134,15 +139,19 @@ class Branch(nn.Module):
                 patches = tokens.patches
             sizes += [group.shape[1]] * len(group)
         projections: dict[str, Tensor] = {}
-        if of_global:
+        members: list[Tensor] = []
+        fuse_global = self.mte is not None and self.mte.fuse_global
+        if of_global or (of_fused and fuse_global):
             projections["global"] = self._each_view(self._head(self.head), torch.cat(globals_), sizes)
-        companion = None
+            members += [projections["global"]] if fuse_global else []
         if companions:
-            companion = self._each_view(self._head(self.companion_head), torch.cat(companions), sizes)
-            if of_companion:
-                projections["companion"] = companion
+            projections["companion"] = self._each_view(self._head(self.companion_head), torch.cat(companions), sizes)
+            members.append(projections["companion"])
         if of_fused:
-            projections["fused"] = self._fused(torch.cat(auxiliaries), companion, sizes)
+            projections["fused"] = self._fused(torch.cat(auxiliaries), members, sizes)
+        for key, wanted in (("global", of_global), ("companion", of_companion)):
+            if not wanted:
+                projections.pop(key, None)
         vectors = self._tailed(projections, sizes)
         return Vectors(
             vectors.get("global"),
@@ -161,8 +170,11 @@ class Branch(nn.Module):
             return function(rows)
         return torch.cat([function(view) for view in rows.split(_leading(sizes, len(rows)))])
 
-    def _fused(self, auxiliary: Tensor, companion: Tensor | None, sizes: list[int]) -> Tensor:
-        """Auxiliary tokens ``b t c`` (and the companion's projection) to fused projections ``b d`` (equation 3)."""
+    def _fused(self, auxiliary: Tensor, members: list[Tensor], sizes: list[int]) -> Tensor:
+        """Auxiliary tokens ``b t c`` and further projections (``b d``) to fused projections ``b d`` (equation 3).
+
+        Projections that have a tail each are fused after it: they stay ``b t d``.
+        """
 
         def project(tokens: Tensor) -> Tensor:
             b, t, _ = tokens.shape
@@ -171,18 +183,31 @@ class Branch(nn.Module):
             return projected.transpose(0, 1)
 
         projections = self._each_view(project, auxiliary, sizes).transpose(0, 1)
-        if companion is not None:
-            projections = torch.cat([projections, companion[: projections.shape[1]].unsqueeze(0)])
-        return self.fusion(projections)
+        projections = torch.cat([projections, *(member[: projections.shape[1]].unsqueeze(0) for member in members)])
+        return projections.transpose(0, 1) if len(self.fused_tails) > 1 else self.fusion(projections)
 
     def _tailed(self, projections: dict[str, Tensor], sizes: list[int]) -> dict[str, list[Tensor]]:
         """All projections after the tail, split into views."""
-        if self.statistics_per_view:
+        if self.statistics_per_view or self.fused_tails:
             return {
-                key: [self.tail(view) for view in rows.split(_leading(sizes, len(rows)))] for key, rows in projections.items()
+                key: [self._tail(key)(view) for view in rows.split(_leading(sizes, len(rows)))]
+                for key, rows in projections.items()
             }
         together = self.tail(torch.cat(list(projections.values()))).split([len(rows) for rows in projections.values()])
         return {key: list(rows.split(_leading(sizes, len(rows)))) for key, rows in zip(projections, together, strict=True)}
+
+    def _tail(self, key: str) -> Callable[[Tensor], Tensor]:
+        """The tail of one kind of projection; where every token has its own, the mean of what they make of ``b t d``."""
+        if key != "fused" or not self.fused_tails:
+            return self.tail
+        if len(self.fused_tails) == 1:
+            return self.fused_tails[0]
+        return lambda rows: torch.stack([tail(own) for tail, own in zip(self.fused_tails, rows.unbind(1), strict=True)]).mean(0)
+
+    @property
+    def tails(self) -> list[nn.Module]:
+        """Every tail: of the global token and, where they have others, of the auxiliary ones."""
+        return [self.tail, *self.fused_tails]
 
     def _patches(self, patches: Tensor, views: int, masks: Tensor | None) -> list[Tensor]:
         """Patches (``v*b n c``) of the global views through the global token's head and tail."""
@@ -228,8 +253,8 @@ def teacher_vectors(
 ) -> Vectors:
     """The teacher's vectors of the global views that are targets, and no others."""
     fused = recipe.mte is not None and recipe.mte.target != "global"
-    each = recipe.mte is not None and recipe.mte.target == "each"
-    return teacher(groups[:1], of_global=not fused or each, of_fused=fused, of_companion=not fused or each, of_patches=patches)
+    own = not fused or (recipe.mte is not None and (recipe.mte.target == "each" or recipe.mte.statistics == "both"))
+    return teacher(groups[:1], of_global=own, of_fused=fused, of_companion=own, of_patches=patches)
 
 
 def lead(vectors: Vectors) -> list[Tensor]:
@@ -237,11 +262,17 @@ def lead(vectors: Vectors) -> list[Tensor]:
     return vectors.of_fused or vectors.of_companion or vectors.of_global or []
 
 
-def targets(method: "Method", vectors: Vectors, epoch: int) -> Targets:
+def seen(vectors: Vectors, recipe: "Recipe") -> list[Tensor]:
+    """The teacher's vectors that the method's running state (centre, queues) is updated with."""
+    both = recipe.mte is not None and recipe.mte.statistics == "both"
+    return [*lead(vectors), *((vectors.of_global or []) if both and vectors.of_fused else [])]
+
+
+def targets(method: "Method", vectors: Vectors, epoch: int, recipe: "Recipe") -> Targets:
     """What the method makes of the teacher's ``vectors``."""
     leading = [method.target(view, epoch) for view in lead(vectors)]
     own = vectors.of_companion or vectors.of_global
-    apart = vectors.of_fused is not None and own is not None
+    apart = recipe.mte is not None and recipe.mte.target == "each" and own is not None
     of_global = [method.target(view, epoch) for view in own] if apart and own else leading
     return Targets(leading, of_global, vectors.of_patches or [])
 

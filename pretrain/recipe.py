@@ -113,6 +113,14 @@ class MTE(AuxiliarySettings):
     fusion: Literal["mean", "sum", "normalised-mean", "concat"] = "mean"
     """How projections become one vector. The mean equals the sum once the method normalises it;
     ``normalised-mean`` first gives each projection unit length, ``concat`` is followed by a linear layer."""
+    fuse_global: bool = False
+    """Whether the global token's projection is one of those that are fused; equation (3) lists auxiliary tokens only."""
+    tails: Literal["shared", "fused", "each"] = "shared"
+    """Which prototypes (DINO, iBOT) or predictor (BYOL, MoCo v3, MoBY) the auxiliary tokens have. ``shared``: the fused vector
+    passes the global token's, as section 4.1 says and as loss (5), which compares the two, suggests. ``fused``: the fused
+    vector has its own. ``each``: every auxiliary token has its own, and what comes out is averaged."""
+    statistics: Literal["target", "both"] = "target"
+    """What the method's centre is the mean of: the teacher's vectors that are targets, as in HSSL, or its global ones, too."""
     weights: tuple[float, float] | None = None
     """Weights of the fused (4) and the global (5) loss in equation (6); null is 1/2 and 1/2. They add up to the base
     method's scale, so that clipping keeps its meaning; HSSL, by the same first author, does the same. With labels

@@ -190,7 +190,7 @@ class Trainer:
         values |= self.update(momentum)
         with torch.no_grad():
             patches = [torch.stack(vectors.of_patches) for vectors in teachers if vectors.of_patches]
-            self.method.update([torch.cat(mte.lead(vectors)) for vectors in teachers if mte.lead(vectors)], patches)
+            self.method.update([torch.cat(mte.seen(vectors, recipe)) for vectors in teachers if mte.lead(vectors)], patches)
         return values | {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
 
     def forward(
@@ -206,7 +206,7 @@ class Trainer:
         with autocast(self.device, self.precision):
             if labels is None:
                 vectors = mte.teacher_vectors(self.teacher, groups, self.recipe, patches=masks is not None)
-                targets = mte.targets(self.method, vectors, epoch)
+                targets = mte.targets(self.method, vectors, epoch, self.recipe)
             else:
                 vectors, targets = mte.Vectors(None, None), mte.Targets([labels], [labels], [])
             own = student(groups, drop_path, masks, of_fused=mte.student_wants(self.recipe))
@@ -308,6 +308,8 @@ class Trainer:
             heads = {"global": branch.head, "tail": branch.tail, "fusion": branch.fusion}
             if branch.heads is not None:
                 heads["auxiliary"] = branch.heads
+            if branch.fused_tails:
+                heads["fused_tails"] = branch.fused_tails
             save_auxiliary(self.out / "auxiliary.safetensors", branch.auxiliary, heads, metadata)
 
     def _record(self) -> records.Record:

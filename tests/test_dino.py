@@ -86,7 +86,7 @@ def test_prototypes_are_frozen_for_the_first_epochs_only() -> None:
     method = make_method(freeze_last_layer=2)
 
     class Branch(torch.nn.Module):
-        tail = method.tail(student=True)
+        tails = (method.tail(student=True),)
 
     assert len(list(method.without_gradient(Branch(), 1))) == 2
     assert not list(method.without_gradient(Branch(), 2))

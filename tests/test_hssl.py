@@ -163,7 +163,7 @@ def test_a_whole_step_from_the_formula(local: int, enhanced: bool) -> None:
     student.zero_grad()
 
     vectors = mte.teacher_vectors(teacher, groups, recipe, patches=True)
-    targets = mte.targets(method, vectors, epoch)
+    targets = mte.targets(method, vectors, epoch, recipe)
     found = mte.loss(method, student(groups, None, masks), targets, recipe, masks, epoch)
     found["loss"].backward()
     torch.testing.assert_close(found["loss"], expected, rtol=1e-10, atol=0)

@@ -203,7 +203,7 @@ def test_a_whole_step_from_the_formula(local: int) -> None:
 
     vectors = mte.teacher_vectors(teacher, groups, recipe, patches=True)
     own = student(groups, None, masks)
-    found = mte.loss(method, own, mte.targets(method, vectors, epoch), recipe, masks, epoch)
+    found = mte.loss(method, own, mte.targets(method, vectors, epoch, recipe), recipe, masks, epoch)
     found["loss"].backward()
     torch.testing.assert_close(found["loss"], expected, rtol=1e-10, atol=0)
     ours = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}

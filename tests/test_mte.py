@@ -45,7 +45,7 @@ def perturbed(recipe: Recipe, method: Method) -> tuple[mte.Branch, mte.Branch]:
 def forward(recipe: Recipe, groups: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     method, student, teacher = branches(recipe)
     method.double()
-    targets = mte.targets(method, mte.teacher_vectors(teacher, groups, recipe), 0)
+    targets = mte.targets(method, mte.teacher_vectors(teacher, groups, recipe), 0, recipe)
     return mte.loss(method, student(groups), targets, recipe)
 
 
@@ -98,7 +98,7 @@ def test_equations_4_to_6_by_hand() -> None:
         terms = [-(target[q] * torch.log_softmax(outputs[v] / 0.1, -1)).sum(-1).mean() for q, v in ((0, 1), (1, 0))]
         return sum(terms) / 2
 
-    targets = mte.targets(method, mte.teacher_vectors(teacher, groups, recipe), 0)
+    targets = mte.targets(method, mte.teacher_vectors(teacher, groups, recipe), 0, recipe)
     found = mte.loss(method, student(groups), targets, recipe)
     torch.testing.assert_close(found["loss_fused"], cross_entropy(fused))
     torch.testing.assert_close(found["loss_global"], cross_entropy(glob))
@@ -109,7 +109,7 @@ def test_no_gradient_reaches_the_teacher_and_all_of_the_student() -> None:
     recipe = Recipe(**TINY, mte={})
     method, student, teacher = branches(recipe)
     method.double()
-    targets = mte.targets(method, mte.teacher_vectors(teacher, views(2), recipe), 0)
+    targets = mte.targets(method, mte.teacher_vectors(teacher, views(2), recipe), 0, recipe)
     mte.loss(method, student(views(2)), targets, recipe)["loss"].backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     without = [name for name, p in student.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
@@ -132,6 +132,9 @@ VARIANTS = {
     "pooled": [0, 1],
     "auxiliary_cls": [0, 1],
     "ten_depth": [2],
+    "fuse_global": [False, True],
+    "tails": ["shared", "fused", "each"],
+    "statistics": ["target", "both"],
 }
 
 
@@ -145,7 +148,7 @@ def test_every_setting_trains(key: str, value: object) -> None:
 def test_every_setting_changes_the_loss() -> None:
     """A switch that changes nothing is not connected."""
     for key, values in VARIANTS.items():
-        if key in ("heads", "ten_depth"):
+        if key in ("heads", "ten_depth", "statistics"):
             continue
         if key == "fusion":  # prototypes normalise what they get, so that sum and mean agree by design
             values = ["mean", "normalised-mean", "concat"]

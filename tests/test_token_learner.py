@@ -356,7 +356,7 @@ def test_it_trains_with_local_views_of_another_size(method: str, settings: dict[
     groups = [random(2, 4, 3, 32, 32), random(2, 4, 3, 16, 16, seed=1)]
     masks = torch.from_numpy(np.random.default_rng(0).random((2, 4, 16)) < 0.4) if chosen.masking else None
     vectors = mte.teacher_vectors(teacher, groups, recipe, patches=masks is not None)
-    loss = mte.loss(chosen, student(groups, masks=masks), mte.targets(chosen, vectors, 0), recipe, masks)["loss"]
+    loss = mte.loss(chosen, student(groups, masks=masks), mte.targets(chosen, vectors, 0, recipe), recipe, masks)["loss"]
     loss.backward()
     assert torch.isfinite(loss)
     assert all(p.grad is not None for p in student.encoder.parameters())

@@ -83,7 +83,9 @@ class DINO(Method):
 
     def without_gradient(self, branch: nn.Module, epoch: int) -> Iterable[nn.Parameter]:
         """The prototypes, for the first epochs."""
-        return branch.tail.parameters() if epoch < self.settings.freeze_last_layer else ()  # type: ignore[union-attr]
+        if epoch >= self.settings.freeze_last_layer:
+            return ()
+        return (parameter for tail in branch.tails for parameter in tail.parameters())  # type: ignore[union-attr]
 
 
 def move_centre(centre: Tensor, scores: list[Tensor], momentum: float) -> None:
