@@ -23,6 +23,9 @@ class BYOL(Method):
         layers: int = Field(2, ge=1)
         """Of the projection; three is a common choice for ViTs."""
         predictor_layers: int = Field(2, ge=1)
+        last_norm: bool = False
+        """Batch normalisation without weights of what both MLPs give, as in MoCo v3: short runs of small models otherwise
+        shrink to what is easiest to predict."""
 
     settings: Settings
 
@@ -31,7 +34,7 @@ class BYOL(Method):
         s = self.settings
         sizes = [width, *[s.hidden] * (s.layers - 1), s.output]
         bias = [True] * (s.layers - 1) + [False]
-        return StackedMLP(copies, sizes, std=None, batch_norm=True, activation="relu", bias=bias)
+        return StackedMLP(copies, sizes, std=None, batch_norm=True, activation="relu", bias=bias, last_norm=s.last_norm)
 
     @property
     def output_width(self) -> int:
@@ -45,7 +48,7 @@ class BYOL(Method):
         s = self.settings
         sizes = [s.output, *[s.hidden] * (s.predictor_layers - 1), s.output]
         bias = [True] * (s.predictor_layers - 1) + [False]
-        return Predictor(sizes, std=None, batch_norm=True, activation="relu", bias=bias)
+        return Predictor(sizes, std=None, batch_norm=True, activation="relu", bias=bias, last_norm=s.last_norm)
 
     def prediction(self, vectors: Tensor) -> Tensor:
         """Of unit length."""
