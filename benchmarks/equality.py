@@ -177,7 +177,7 @@ def hssl_companion() -> Difference:
     encoder = build_encoder(spec).double()
     companion: Any = HSSL(HSSL.Settings(**SMALL)).companion(encoder, 0.0).double()
     peers: list[Any] = [ConvNeXtBlock(24, ls_init_value=None, norm_layer=nn.LayerNorm).double() for _ in range(3)]
-    weights = []
+    weights: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
         for ours, theirs in zip(companion.blocks, peers, strict=True):
             layers = ((ours.depthwise, theirs.conv_dw), (ours.norm, theirs.norm))
@@ -193,7 +193,7 @@ def hssl_companion() -> Difference:
     found = companion(tokens)
     expected = nn.functional.layer_norm(x, (24,), companion.norm.weight, companion.norm.bias, 1e-6)
     direction = torch.randn_like(found)
-    embedding = encoder.model.pos_embed
+    embedding: Any = encoder.model.pos_embed
     own, other = (
         torch.autograd.grad((out * direction).sum(), [embedding, *(pair[side] for pair in weights)], retain_graph=True)
         for side, out in enumerate((found, expected))

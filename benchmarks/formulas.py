@@ -133,12 +133,12 @@ def masked_step(recipe: Recipe, method: IBOT, local: int, outputs: Callable[...,
         def over_pairs(key: str) -> Tensor:
             pairs = [(q, v) for q in range(2) for v in range(len(views)) if v != q]
             assert len(pairs) == 2 * (1 + local)
-            return sum(cross_entropy(target[q], own[v][key]).mean() for q, v in pairs) / len(pairs)
+            return torch.stack([cross_entropy(target[q], own[v][key]).mean() for q, v in pairs]).mean()
 
         alone = [key for key in own[0] if key not in ("lead", "patches", "fused")]
-        base = sum(over_pairs(key) for key in alone) / len(alone)
+        base = torch.stack([over_pairs(key) for key in alone]).mean()
         loss = (over_pairs("fused") + base) / 2 if recipe.mte else base
-        return loss + sum(of_masked(of_patches[q], own[q]["patches"], masks[q]) for q in range(2)) / 2
+        return loss + torch.stack([of_masked(of_patches[q], own[q]["patches"], masks[q]) for q in range(2)]).mean()
 
     vectors = mte.teacher_vectors(teacher, groups, recipe, patches=True)
 
@@ -161,6 +161,7 @@ def ibot_step(local: int) -> Difference:
         patch = model.patch_embed.proj
         x = F.conv2d(images, patch.weight, patch.bias, stride=patch.stride).flatten(2).transpose(1, 2)
         if masks is not None:
+            assert branch.mask_token is not None
             x = x * ~masks.unsqueeze(-1) + branch.mask_token * masks.unsqueeze(-1)
         if x.shape[1] + 1 != model.pos_embed.shape[1]:
             return branch.encoder(images).global_token, x  # a local view: nothing is masked
@@ -285,9 +286,11 @@ def _convolved(maps: dict[tuple[int, int], Tensor], weight: Tensor) -> dict[tupl
     """A 3x3 convolution position by position: ``b in`` at each (row, column) to ``b out``; nothing beyond the border."""
     around = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
     return {
-        (y, x): sum(maps[y + dy, x + dx] @ weight[:, :, dy + 1, dx + 1].T for dy, dx in around if (y + dy, x + dx) in maps)
+        (y, x): torch.stack([
+            maps[y + dy, x + dx] @ weight[:, :, dy + 1, dx + 1].T for dy, dx in around if (y + dy, x + dx) in maps
+        ]).sum(0)
         for y, x in maps
-    }  # type: ignore[misc]
+    }  # fmt: skip
 
 
 def learned(learner: TokenLearner, patches: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -320,7 +323,7 @@ def token_fuser() -> Difference:
     def formula(tokens: Tensor, patches: Tensor) -> Tensor:
         normed = _norm(tokens, fuser.norm_tokens)
         rows = [sum(w * normed[:, j] for j, w in enumerate(row)) for row in fuser.mix.weight]
-        mixed = _norm(torch.stack(rows, 1), fuser.norm_mixed)  # type: ignore[arg-type]
+        mixed = _norm(torch.stack(rows, 1), fuser.norm_mixed)
         gates = 1 / (1 + torch.exp(-_mlp(_norm(patches, fuser.norm_patches), fuser.gates)))
         return sum(gates[:, :, token, None] * mixed[:, None, token] for token in range(3))  # type: ignore[return-value]
 

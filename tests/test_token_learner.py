@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import formulas
 from mte_bench.encoders.checkpoint import open_checkpoint, save_encoder
@@ -19,22 +19,11 @@ from mte_bench.errors import UserError
 from pretrain import mte
 from pretrain.methods import METHODS
 from pretrain.recipe import Recipe
+from tiny import random, shaken
 
 VIT = EncoderSpec(arch="vit_tiny_patch16_224", image_size=32, patch_size=8, options={"embed_dim": 24, "depth": 4, "num_heads": 3})
 SWIN = {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
 GIGA = 1e9
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def shaken(module: nn.Module) -> Any:
-    """Every weight moved away from its initial value, so that none is 0 or 1 by chance."""
-    with torch.no_grad():
-        for index, parameter in enumerate(module.parameters()):
-            parameter.add_(0.2 * random(*parameter.shape, seed=index + 1).to(parameter.dtype))
-    return module
 
 
 def learned(**settings: Any) -> EncoderSpec:

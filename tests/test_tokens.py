@@ -1,4 +1,4 @@
-"""Auxiliary tokens and heads against plain references: TEN, pooling by correlation, stacked heads, prototypes."""
+"""Auxiliary tokens and heads against plain references: pooling by correlation, stacked heads, prototypes."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from mte_bench.encoders.correlation import correlate, weighted_pooling
@@ -14,6 +14,7 @@ from mte_bench.encoders.encoder import Encoder, EncoderSpec, fresh_encoder
 from mte_bench.encoders.heads import Fusion, Prototypes, StackedMLP
 from mte_bench.encoders.tokens import AdaptivePooling, AuxiliarySettings, AuxiliaryTokens, MultiToken
 from mte_bench.errors import UserError
+from tiny import random, shaken
 
 VIT = EncoderSpec(arch="vit_tiny_patch16_224", image_size=32, patch_size=8, options={"embed_dim": 24, "depth": 2, "num_heads": 3})
 SWIN = EncoderSpec(
@@ -21,18 +22,6 @@ SWIN = EncoderSpec(
     image_size=32,
     options={"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
 )
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def shaken(module: nn.Module) -> Any:
-    """Every weight moved away from its initial value, so that none is 0 or 1 by chance."""
-    with torch.no_grad():
-        for index, parameter in enumerate(module.parameters()):
-            parameter.add_(0.2 * random(*parameter.shape, seed=index + 1))
-    return module
 
 
 def vit_with(**settings: Any) -> tuple[Encoder, AuxiliaryTokens]:
