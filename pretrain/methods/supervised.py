@@ -1,8 +1,4 @@
-"""Learning from labels, with DeiT's and MAE's means against overfitting (DeiT ``main.py``, timm ``Mixup``).
-
-With MTE (equations 7 to 9) every auxiliary token has a classifier of its own, their mean learns from the labels, and the
-global token's classifier, the only one that is kept, learns from what that mean says.
-"""
+"""Learning from labels, with DeiT's and MAE's means against overfitting (DeiT ``main.py``, timm ``Mixup``)."""
 
 import torch.nn.functional as F
 from pydantic import Field
