@@ -32,9 +32,9 @@ def pretrain(
     from pretrain.trainer import Trainer
 
     settings = load_recipe(recipe, set_)
-    mte.check(settings, METHODS[settings.method])
     rank, processes = distributed.start(device)
     try:
+        mte.check(settings, METHODS[settings.method], processes)  # before the data is opened, which may take long
         images = open_source(data, "train")
         held_out = open_source(data, "val") if settings.knn_every or smoke else None
         if smoke:

@@ -174,7 +174,6 @@ def _training(
     small = recipe.model_copy(update={"batch_size": batch_size, "accumulate": 1})
     reset = _forget(device)
     trainer = Trainer(small, Blank(batch_size), Path(), device=device, precision=precision)
-    trainer.method.fits(batch_size)
     trainer.step = trainer.total_steps // 2
     batch = _batch(trainer)
     step = _repeated(lambda: trainer._step(trainer.student, iter([batch])), repeats, device, reset)

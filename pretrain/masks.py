@@ -1,11 +1,11 @@
 """Masks of patches for masked image modelling. Source: iBOT ``loader.py``."""
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mte_bench.settings import Settings
 
@@ -21,6 +21,12 @@ class Masking(Settings):
     mean + spread: by default half the views stay whole and the others lose 10 to 50 %."""
     start_epoch: int = Field(0, ge=0)
     """Nothing is masked before this epoch."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if not self.ratios or any(not 0 <= mean - abs(spread) <= mean + abs(spread) <= 1 for mean, spread in self.ratios):
+            raise ValueError("ratios must be at least one (mean, spread), with mean - spread and mean + spread from 0 to 1")
+        return self
 
 
 def draw_mask(masking: Masking, rows: int, columns: int, epoch: int, generator: np.random.Generator) -> NDArray[np.bool_]:

@@ -217,16 +217,22 @@ class Branch(nn.Module):
         return [self.tail(self._head(self.head)(view[mask])) for view, mask in zip(split, masks, strict=True)]
 
 
-def check(recipe: "Recipe", kind: type["Method"]) -> None:
+def check(recipe: "Recipe", kind: type["Method"], processes: int = 1) -> None:
     """Raise a ``UserError`` if the recipe's settings contradict each other; costs no memory and no data."""
     method = kind(kind.Settings.check(recipe.method_settings, "method_settings"), classes=2)
-    method.fits(recipe.batch_size)
+    method.fits(recipe.batch_size, recipe.batch_size // (processes * recipe.accumulate))
     if method.labelled and (recipe.views.global2 or recipe.views.local_count):
         raise UserError(f"method {recipe.method}: learns from one view; set views.global2=null and views.local_count=0")
     if not method.labelled and not recipe.views.global2:
         raise UserError(f"method {recipe.method}: compares two views; views.global2 must not be null")
     with torch.device("meta"):
         branch = Branch(recipe, method, student=True)
+    patch: int = branch.encoder.model.patch_embed.patch_size[0]  # type: ignore[union-attr, index, assignment]
+    cell = patch * (branch.encoder.reduction if method.masking else 1)
+    sizes = {"global1": recipe.views.global1.size, "local": recipe.views.local.size if recipe.views.local_count else 0}
+    for view, multiple in (("global1", cell), ("local", patch)):
+        if sizes[view] % multiple:
+            raise UserError(f"views.{view}.size {sizes[view]}: must be a multiple of {multiple} pixels for {recipe.arch}")
     rows, columns = branch.encoder.patch_grid(recipe.views.global1.size)
     if recipe.token_learner and recipe.token_learner.tokens > rows * columns:
         raise UserError(f"token_learner.tokens {recipe.token_learner.tokens}: a global view has only {rows * columns} patches")

@@ -194,8 +194,12 @@ class Recipe(Settings):
         return values
 
     def for_smoke(self, processes: int) -> "Recipe":
-        """The same recipe cut to one epoch of small batches: to see that everything runs, not to learn anything."""
-        batch = SMOKE_BATCH * processes
+        """The same recipe cut to one epoch of small batches: to see that everything runs, not to learn anything.
+
+        A small batch divides the recipe's, and is even if it can: what a method asks of a batch then holds for it too.
+        """
+        sizes = [size for size in range(2, SMOKE_BATCH + 1) if self.batch_size % (size * processes) == 0]
+        batch = processes * max(sizes, key=lambda size: (size % 2 == 0, size), default=SMOKE_BATCH)
         return self.model_copy(update={"epochs": 1, "batch_size": batch, "accumulate": 1, "knn_every": 1})
 
     @property

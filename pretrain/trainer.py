@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mte_bench import records
 from mte_bench.console import log
-from mte_bench.data.sources import ImageSet
+from mte_bench.data.sources import ImageSet, require_classes
 from mte_bench.device import autocast, peak_memory
 from mte_bench.encoders.checkpoint import open_checkpoint, save_auxiliary, save_classifier, save_encoder
 from mte_bench.errors import UserError
@@ -41,7 +41,8 @@ class Trainer:
     """One pre-training run in the folder ``out``.
 
     ``images`` is the training split; ``held_out`` the split on which k-NN is measured while training, if the recipe
-    asks for it. Raises ``UserError`` for data smaller than a batch, or a folder that holds another run.
+    asks for it. Raises ``UserError`` for settings that contradict each other, data that does not fit them, or a folder that
+    holds another run.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class Trainer:
         self.seed, self.device, self.precision, self.workers = seed, device, precision, workers
         self.allow_corrupt, self.save_minutes, self.recipe_name = allow_corrupt, save_minutes, recipe_name
         self.rank, self.processes = process
+        kind = METHODS[recipe.method]
+        mte.check(recipe, kind, self.processes)
         sampler = StepSampler(len(images), recipe.batch_size, recipe.epochs, process=process, accumulate=recipe.accumulate)
         self.micro_batch = recipe.batch_size // (self.processes * recipe.accumulate)
         self.steps_per_epoch = sampler.steps_per_epoch
@@ -72,9 +75,10 @@ class Trainer:
         self.seconds = 0.0
         self.corrupt: set[str] = set()
 
-        kind = METHODS[recipe.method]
-        if kind.labelled and (images.labels < 0).any():
-            raise UserError(f"{images.source}: method {recipe.method} learns from labels, and not all of its images have one")
+        if kind.labelled:
+            require_classes(images)
+            if (images.labels < 0).any():
+                raise UserError(f"{images.source}: method {recipe.method} learns from labels, and not all of its images have one")
         torch.manual_seed(seed)
         self.method = kind(kind.Settings.check(recipe.method_settings, "method_settings"), len(images.classes)).to(device)
         self.student = mte.Branch(recipe, self.method, student=True).to(device)

@@ -98,6 +98,64 @@ def test_unknown_or_mistyped_option(options: list[str], expected: str, error_lin
     assert expected in error_line(*KNN, "--data", SCENES, "--out", str(tmp_path / "out"), *options)
 
 
+# ---- settings that contradict each other
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "expected"),
+    [
+        ("moby_tiny_scenes", ["mte.auxiliary_cls=2"], "no CLS token; set mte.auxiliary_cls=0"),
+        ("moby_tiny_scenes", ["batch_size=48"], "batch_size 48: must divide method_settings.queue, 1024"),
+        ("moby_tiny_scenes", ["method_settings.queue=1000"], "batch_size 64: must divide method_settings.queue, 1000"),
+        ("ibot_tiny_scenes", ["token_learner.after=2", "token_learner.tokens=4"], "iBOT needs patches at the end"),
+        ("hssl_tiny_scenes", ["token_learner.after=2", "token_learner.tokens=4"], "HSSL needs patches at the end"),
+        ("ibot_tiny_scenes", ["method_settings.masking.ratios=[[0.9, 0.2]]"], "ratios must be"),
+        ("dino_tiny_scenes", ["method_settings.masking.shape=random"], "unknown setting 'masking'"),
+        ("dino_tiny_scenes", ["token_learner.after=0"], "token_learner.after"),
+        ("dino_tiny_scenes", ["token_learner.after=4"], "token_learner.after 4: vit_tiny_patch16_224 has 4 blocks"),
+        ("dino_tiny_scenes", ["token_learner.after=1.5"], "token_learner.after"),
+        ("dino_tiny_scenes", ["token_learner.after=2", "token_learner.tokens=17"], "make only 16 patches"),
+        ("moby_tiny_scenes", ["token_learner.after=1"], "is no ViT"),
+        ("dino_tiny_scenes", ["mte.frozen=true"], "frozen auxiliary tokens cannot be a target"),
+        ("dino_tiny_scenes", ["mte.auxiliary_cls=0", "mte.pooled=0"], "auxiliary_cls and pooled are both 0"),
+        ("dino_tiny_scenes", ["views.global1.size=60", "views.global2.size=60"], "views.global1.size 60"),
+        ("dino_tiny_scenes", ["views.local_count=2", "views.local.size=20"], "views.local.size 20"),
+        ("dino_tiny_scenes", ["views.global2=null"], "compares two views; views.global2 must not be null"),
+        ("supervised_tiny_scenes", ["views.global2.size=64"], "learns from one view; set views.global2=null"),
+        ("supervised_tiny_scenes", ["views.local_count=2"], "set views.global2=null and views.local_count=0"),
+        ("supervised_tiny_scenes", ["method_settings.mixup=0.8", "batch_size=63"], "batch_size 63: mixup and CutMix pair images"),
+        (
+            "supervised_tiny_scenes",
+            ["method_settings.cutmix=1", "batch_size=6", "accumulate=2"],
+            "batch_size 6 makes micro-batches of 3: mixup and CutMix pair images",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+@pytest.mark.parametrize("smoke", [[], ["--smoke"]], ids=["", "smoke"])
+def test_settings_that_contradict_each_other(
+    recipe: str, settings: list[str], expected: str, smoke: list[str], error_line: ErrorLine, tmp_path: Path
+) -> None:
+    """Refused before data is looked for, of which there is none."""
+    options = [word for setting in settings for word in ("--set", setting)]
+    assert expected in error_line("pretrain", recipe, "--data", "nowhere", "--out", str(tmp_path / "run"), *options, *smoke)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("smoke", [[], ["--smoke"]], ids=["", "smoke"])
+def test_learning_from_labels_that_are_not_there(
+    smoke: list[str], error_line: ErrorLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before any image is read: these are no images."""
+    for split in ("train", "val"):
+        (tmp_path / "flat" / split).mkdir(parents=True)
+        for index in range(80):
+            (tmp_path / "flat" / split / f"{index}.jpg").touch()
+    command = ("pretrain", "supervised_tiny_scenes", "--data", str(tmp_path / "flat"), "--out", str(tmp_path / "run"), *smoke)
+    assert "its images have no class labels" in error_line(*command)
+    assert not (tmp_path / "run").exists()
+
+
 # ---- images
 
 

@@ -31,6 +31,8 @@ def case(name: str, mte: str, arch: dict[str, Any]) -> dict[str, Any]:
     """The method's changes to the tiny recipe."""
     settings = {key: value for key, value in SMALL.items() if key in METHODS[name].Settings.model_fields}
     views = {**TINY["views"], "local_count": 0}
+    if METHODS[name].labelled:  # one view, and nothing that is drawn for a process's part of the batch
+        views, settings = {**views, "global2": None}, {"mixup": 0, "cutmix": 0}
     return {"method": name, "method_settings": settings, "epochs": 2, "views": views, "mte": WITH[mte], **arch}
 
 

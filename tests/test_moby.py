@@ -55,10 +55,10 @@ def test_queues_start_as_unit_vectors_of_the_seed() -> None:
 
 def test_a_batch_that_does_not_divide_the_queue_is_refused() -> None:
     method = MoBY(MoBY.Settings())
-    method.fits(512)
+    method.fits(512, 64)
     for batch in (500, 8192):
         with pytest.raises(UserError, match=f"batch_size {batch}: must divide method_settings.queue, 4096"):
-            method.fits(batch)
+            method.fits(batch, batch)
 
 
 def test_training_fills_the_queues(folder: Path, tmp_path: Path) -> None:

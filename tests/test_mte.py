@@ -1,14 +1,13 @@
 """Multi-Token Enhancing as the engine computes it, for a method that knows nothing of it."""
 
 import itertools
-import zlib
 
 import pytest
 import torch
 
+from benchmarks.formulas import perturbed
 from mte_bench.encoders.tokens import AuxiliaryTokens
 from pretrain import mte
-from pretrain.methods import Method
 from pretrain.methods.dino import DINO
 from pretrain.recipe import Recipe
 
@@ -28,18 +27,6 @@ def branches(recipe: Recipe) -> tuple[DINO, mte.Branch, mte.Branch]:
     torch.manual_seed(0)
     method = DINO(DINO.Settings(**recipe.method_settings))
     return method, *perturbed(recipe, method)
-
-
-def perturbed(recipe: Recipe, method: Method) -> tuple[mte.Branch, mte.Branch]:
-    """A student and a teacher whose weights are neither small nor alike, as they are at the start; float64."""
-    student, teacher = mte.Branch(recipe, method, student=True), mte.Branch(recipe, method, student=False)
-    teacher.load_state_dict(student.state_dict(), strict=False)
-    with torch.no_grad():
-        for seed, branch in enumerate((student, teacher)):
-            for name, parameter in branch.named_parameters():
-                generator = torch.Generator().manual_seed(2 * zlib.crc32(name.encode()) + seed)
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return student.double(), teacher.double()
 
 
 def forward(recipe: Recipe, groups: list[torch.Tensor]) -> dict[str, torch.Tensor]:

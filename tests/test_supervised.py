@@ -1,4 +1,4 @@
-"""Learning from labels: timm's losses, mixing, RandAugment and erasing, equations 7 to 9, and whole runs."""
+"""Learning from labels: RandAugment and erasing as timm's, and whole runs. Losses and steps are in ``test_equality.py``."""
 
 import json
 import random
@@ -13,12 +13,8 @@ import torch
 from PIL import Image
 from scipy import stats
 from test_loader import Pictures, same
-from test_mte import TINY, perturbed
-from test_trainer import CPU, assert_same_end, by_one_and_by_two_processes, folder  # noqa: F401 - a fixture
 from timm.data.auto_augment import rand_augment_transform
-from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 from mte_bench.data.sources import open_source
 from mte_bench.encoders.checkpoint import open_checkpoint
@@ -32,6 +28,7 @@ from pretrain.recipe import Recipe, View, Views
 from pretrain.seeded import seeded
 from pretrain.trainer import Trainer
 from pretrain.views import Draws, choose, crop, erase, make_views, normalise
+from tiny import CPU, TINY, assert_same_end, make, run_until
 
 K = 10
 RAND = "rand-m9-mstd0.5-inc1"
@@ -41,48 +38,17 @@ def make_method(**values: object) -> Supervised:
     return Supervised(Supervised.Settings(**values), K)
 
 
-def test_loss_and_gradient_equal_timm() -> None:
-    torch.manual_seed(0)
-    method = make_method()
-    for scale in (1.0, 30.0):
-        logits = scale * torch.randn(8, K, dtype=torch.float64)
-        target = torch.softmax(torch.randn(8, K, dtype=torch.float64), -1)
-        ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-        loss = mte.over_pairs(method, [ours], [target])
-        expected = SoftTargetCrossEntropy()(theirs, target)
-        loss.backward()
-        expected.backward()
-        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-14)
-
-
-def test_smoothed_labels_without_mixing_equal_timm_s_loss() -> None:
-    torch.manual_seed(0)
-    method = make_method(mixup=0, cutmix=0, smoothing=0.1)
-    labels = torch.randint(K, (7,))  # an odd batch is fine then
-    images = torch.randn(1, 7, 3, 8, 8)
-    same_images, targets = method.labels(images, labels, 3)
-    assert same_images is images
-    logits = torch.randn(7, K)
-    loss = mte.over_pairs(method, [logits], [targets])
-    torch.testing.assert_close(loss, LabelSmoothingCrossEntropy(0.1)(logits, labels), rtol=1e-6, atol=1e-7)
-
-
-def test_mixing_is_timm_s_and_comes_from_the_seed_alone() -> None:
+def test_mixing_comes_from_the_seed_alone() -> None:
     method = make_method()
     images, labels = torch.randn(1, 6, 3, 16, 16), torch.arange(6)
-    peer = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=K)
     before = np.random.get_state()[1].copy(), random.getstate(), torch.get_rng_state()
     found = [method.labels(images.clone(), labels, seed) for seed in range(40)]
     again = [method.labels(images.clone(), labels, seed) for seed in range(40)]
     assert (np.random.get_state()[1] == before[0]).all() and random.getstate() == before[1]
     assert torch.equal(torch.get_rng_state(), before[2])
     kinds = set()
-    for seed, ((mixed, targets), (mixed2, targets2)) in enumerate(zip(found, again, strict=True)):
+    for (mixed, targets), (mixed2, targets2) in zip(found, again, strict=True):
         assert torch.equal(mixed, mixed2) and torch.equal(targets, targets2)
-        with seeded(seed):
-            expected = peer(images[0].clone(), labels)
-        assert torch.equal(mixed[0], expected[0]) and torch.equal(targets, expected[1])
         kinds.add(bool(((mixed == images) | (mixed == images.flip(1))).all()))  # CutMix makes no new values
         torch.testing.assert_close(targets.sum(1), torch.ones(6))
     assert kinds == {True, False} and len({float(targets[0, 0]) for _, targets in found}) > 30
@@ -96,7 +62,7 @@ def test_seeds_of_all_sizes_differ() -> None:
     assert len({a for a, _ in drawn}) == len({b for _, b in drawn}) == 6
 
 
-def test_an_odd_batch_two_views_or_no_labels_are_one_clear_error(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_an_odd_batch_two_views_or_no_labels_are_one_clear_error(folder: Path, tmp_path: Path) -> None:
     one = {"views": {"global2": None}, "method": "supervised"}
     for values, words in (
         ({**one, "batch_size": 7}, "batch_size 7.*even"),
@@ -109,66 +75,14 @@ def test_an_odd_batch_two_views_or_no_labels_are_one_clear_error(folder: Path, t
             mte.check(Recipe(**values), METHODS[values["method"]])
     with pytest.raises(UserError, match="no labels"):
         Supervised(Supervised.Settings(), 0)
-    with pytest.raises(UserError, match="batch_size 3"):
-        make_method().labels(torch.zeros(1, 3, 3, 8, 8), torch.zeros(3, dtype=torch.long), 0)
+    with pytest.raises(UserError, match="batch_size 6 makes micro-batches of 3"):
+        mte.check(Recipe(**{**one, "batch_size": 6}), Supervised, processes=2)
     images = open_source(str(folder), "train")
     images.labels = np.where(np.arange(len(images)) == 4, -1, images.labels)
     with pytest.raises(UserError, match="not all of its images have one"):
         Trainer(Recipe(**{**RUN, **one}), images, tmp_path, device=CPU, workers=0)
     with pytest.raises(UserError, match="auto_augment 'randaug' is not in timm's notation"):
         View.check({"auto_augment": "randaug"}, "views")
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [None, {}, {"label_weight": 0.5}, {"heads": "shared"}, {"target": "each"}, {"weights": (1.0, 0.25)}],
-)
-def test_equations_7_to_9_by_hand(settings: dict[str, Any] | None) -> None:
-    torch.manual_seed(0)
-    recipe = Recipe(**{
-        **TINY,
-        "method": "supervised",
-        "method_settings": {},
-        "views": {"global2": None},
-        "mte": settings if settings is None else {"auxiliary_cls": 2, "pooled": 3, "kernel": 3, **settings},
-    })  # fmt: skip
-    method = make_method()
-    student, _ = perturbed(recipe, method)
-    images = torch.randn(1, 4, 3, 32, 32, dtype=torch.float64)
-    labels = torch.softmax(torch.randn(4, K, dtype=torch.float64), -1)
-
-    if settings is None:
-        tokens = student.encoder(images[0])
-    else:
-        tokens, auxiliary = student.auxiliary.encode(student.encoder, images[0])
-    head = student.head
-    logits = tokens.global_token @ head.weight[0].T + head.bias[0]
-
-    def cross_entropy(target: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return -(target * torch.log_softmax(scores, -1)).sum(-1).mean()
-
-    if settings is None:
-        expected = cross_entropy(labels, logits)
-    else:
-        heads = [student.heads.weight[i] if student.heads else head.weight[0] for i in range(5)]
-        biases = [student.heads.bias[i] if student.heads else head.bias[0] for i in range(5)]
-        fused = sum(auxiliary[:, i] @ heads[i].T + biases[i] for i in range(5)) / 5
-        taught = labels if settings.get("target") == "each" else torch.softmax(fused, -1).detach()
-        weights = settings.get("weights", (1.0, 1.0))
-        expected = weights[0] * cross_entropy(labels, fused) + weights[1] * cross_entropy(taught, logits)
-        expected = expected + settings.get("label_weight", 0.0) * cross_entropy(labels, logits)
-    expected.backward()
-    gradients = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
-    student.zero_grad()
-
-    targets = mte.Targets([labels], [labels], [])
-    found = mte.loss(method, student([images]), targets, recipe)
-    found["loss"].backward()
-    torch.testing.assert_close(found["loss"], expected, rtol=1e-12, atol=0)
-    ours = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-    assert ours.keys() == gradients.keys() == {name for name, _ in student.named_parameters()}
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-8, atol=1e-12, msg=name)
 
 
 def pictures(count: int, size: int = 40) -> list[Image.Image]:
@@ -283,7 +197,7 @@ RUN: dict[str, Any] = {
     "method_settings": {},
     "drop_path": 0.2,
     "epochs": 2,
-    "batch_size": 8,
+    "mte": None,
     "repeats": 2,
     "views": {"global1": {"size": 32, "jitter": 0, "auto_augment": RAND, "erase": 0.5}, "global2": None},
     "optimiser": {"lr": 0.01, "warmup_epochs": 1},
@@ -294,34 +208,16 @@ RUN: dict[str, Any] = {
 
 @pytest.mark.parametrize("enhanced", [False, True])
 @pytest.mark.parametrize("ema", [False, True])
-def test_a_run_can_be_stopped_and_its_classifier_is_kept(
-    folder: Path,  # noqa: F811
-    tmp_path: Path,
-    enhanced: bool,
-    ema: bool,
-) -> None:
+def test_a_run_can_be_stopped_and_its_classifier_is_kept(folder: Path, tmp_path: Path, enhanced: bool, ema: bool) -> None:
     settings = {"mte": {"auxiliary_cls": 1, "pooled": 1, "kernel": 3} if enhanced else None}
-    recipe = Recipe(**{**RUN, **settings, "method_settings": {"evaluate_ema": ema}})
-    train, val = open_source(str(folder), "train"), open_source(str(folder), "val")
-
-    def make(name: str) -> Trainer:
-        return Trainer(recipe, train, tmp_path / name, device=CPU, workers=0, held_out=val, save_minutes=0.0)
-
-    whole = make("whole")
+    values = {**RUN, **settings, "method_settings": {"evaluate_ema": ema}}
+    val = open_source(str(folder), "val")
+    options = {"held_out": val, "save_minutes": 0.0}
+    whole = make(folder, tmp_path / "whole", **values, **options)
     record = whole.run()
     assert record.subject.method == "supervised" and record.subject.mte == enhanced
-    stopped = make("stopped")
-    step = stopped._step
-
-    def until(*arguments: Any) -> Any:
-        if stopped.step == 3:
-            raise KeyboardInterrupt
-        return step(*arguments)
-
-    stopped._step = until
-    with pytest.raises(KeyboardInterrupt):
-        stopped.run()
-    make("stopped").run()
+    run_until(make(folder, tmp_path / "stopped", **values, **options), 3)
+    make(folder, tmp_path / "stopped", **values, **options).run()
     assert_same_end(tmp_path / "stopped", tmp_path / "whole")
     files = [(tmp_path / name / "classifier.safetensors").read_bytes() for name in ("whole", "stopped")]
     assert files[0] == files[1]
@@ -353,14 +249,6 @@ def test_a_run_can_be_stopped_and_its_classifier_is_kept(
     with torch.no_grad():
         right = [model(transform(image).unsqueeze(0)).argmax().item() == label for image, label in loader]
     assert measured[-1]["classifier_top1"] == pytest.approx(100 * np.mean(right))
-
-
-@pytest.mark.slow
-def test_two_processes_compute_what_one_does_but_for_mixing(folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    changes = {"method_settings": {"mixup": 0, "cutmix": 0}, "optimiser": {"lr": 1e-4, "warmup_epochs": 0}}
-    one, two = by_one_and_by_two_processes({**RUN, **changes, "mte": {"kernel": 3}}, folder, tmp_path)
-    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (one, two)]
-    assert len(losses[0]) == 8 and losses[1] == pytest.approx(losses[0], rel=2e-5)
 
 
 def test_tokens_and_positions_have_no_weight_decay_as_in_timm() -> None:

@@ -1,14 +1,14 @@
-"""TokenLearner against its formulas written out in double, as pooler and inside a ViT; what it saves; what is refused."""
+"""TokenLearner as pooler and inside a ViT; what it saves; what is refused. Its formulas are in ``test_equality.py``."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks import formulas
 from mte_bench.encoders.checkpoint import open_checkpoint, save_encoder
 from mte_bench.encoders.commands import export
 from mte_bench.encoders.cost import count_macs
@@ -19,120 +19,29 @@ from mte_bench.errors import UserError
 from pretrain import mte
 from pretrain.methods import METHODS
 from pretrain.recipe import Recipe
+from tiny import random, shaken
 
 VIT = EncoderSpec(arch="vit_tiny_patch16_224", image_size=32, patch_size=8, options={"embed_dim": 24, "depth": 4, "num_heads": 3})
 SWIN = {"embed_dim": 12, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
 GIGA = 1e9
 
 
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def shaken(module: nn.Module) -> Any:
-    """Every weight moved away from its initial value, so that none is 0 or 1 by chance."""
-    with torch.no_grad():
-        for index, parameter in enumerate(module.parameters()):
-            parameter.add_(0.2 * random(*parameter.shape, seed=index + 1).to(parameter.dtype))
-    return module
-
-
 def learned(**settings: Any) -> EncoderSpec:
     return VIT.model_copy(update={"token_learner": EncoderSpec.check({"arch": "x", "token_learner": settings}, "").token_learner})
 
 
-# The formulas -----------------------------------------------------------------------------------------------------------
-
-
-def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight + norm.bias
-
-
-def gelu(x: Tensor) -> Tensor:
-    return x * (1 + torch.erf(x / 2**0.5)) / 2
-
-
-def mlp(x: Tensor, layers: nn.Sequential) -> Tensor:
-    bias = 0 if layers[2].bias is None else layers[2].bias
-    return gelu(x @ layers[0].weight.T + layers[0].bias) @ layers[2].weight.T + bias
-
-
-def convolved(maps: dict[tuple[int, int], Tensor], weight: Tensor) -> dict[tuple[int, int], Tensor]:
-    """A 3x3 convolution position by position: ``b in`` at each (row, column) to ``b out``; nothing beyond the border."""
-    around = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-    return {
-        (y, x): sum(maps[y + dy, x + dx] @ weight[:, :, dy + 1, dx + 1].T for dy, dx in around if (y + dy, x + dx) in maps)
-        for y, x in maps
-    }
-
-
-def by_formula(learner: TokenLearner, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    normed = layer_norm(patches, learner.norm)
-    if learner.version == "v1.1":
-        scores = mlp(normed, learner.mlp).exp()
-        gates = scores / scores.sum(1, keepdim=True)
-    else:
-        places = [(y, x) for y in range(grid[0]) for x in range(grid[1])]
-        maps = {place: normed[:, index] for index, place in enumerate(places)}
-        for index, convolution in enumerate(learner.convolutions):
-            maps = convolved({place: gelu(v) if index else v for place, v in maps.items()}, convolution.weight)
-        gates = 1 / (1 + torch.exp(-torch.stack([maps[place] for place in places], 1)))
-    return torch.stack([(gates[:, :, token, None] * patches).sum(1) for token in range(gates.shape[2])], 1)
-
-
-def same_values_and_gradients(module: nn.Module, reference: Callable[..., Tensor], *inputs: Tensor) -> None:
-    results = []
-    for function in (module, reference):
-        module.zero_grad()
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        out = function(*leaves)
-        (out * random(*out.shape, seed=7, dtype=torch.float64)).sum().backward()
-        results.append([out, *(x.grad for x in leaves), *(p.grad.clone() for p in module.parameters())])
-    assert all(x.abs().max() > 1e-3 for x in results[0][: 1 + len(inputs)])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+# Alone ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", ["v1", "v1.1"])
-def test_token_learner_by_its_formula(version: Any) -> None:
+def test_weights_are_shares(version: Any) -> None:
     learner = shaken(TokenLearner(6, 3, version).double())
-    grid = (3, 5)
-    patches = 3 * random(2, 15, 6, dtype=torch.float64)
-    bound = Bound(learner, grid)
-    same_values_and_gradients(bound, lambda x: by_formula(learner, x, grid), patches)
-    weights = learner.weights(patches, grid)
+    weights = learner.weights(3 * random(2, 15, 6, dtype=torch.float64), (3, 5))
     assert weights.shape == (2, 3, 15) and weights.min() > 0
     if version == "v1.1":
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3, dtype=torch.float64))
     else:
         assert weights.max() < 1
-
-
-class Bound(nn.Module):
-    """A learner on one grid."""
-
-    def __init__(self, learner: TokenLearner, grid: tuple[int, int]):
-        super().__init__()
-        self.learner, self.grid = learner, grid
-
-    def forward(self, patches: Tensor) -> Tensor:
-        return self.learner(patches, self.grid)
-
-
-def test_token_fuser_by_its_formula() -> None:
-    fuser = shaken(TokenFuser(6, 3).double())
-
-    def reference(tokens: Tensor, patches: Tensor) -> Tensor:
-        normed = layer_norm(tokens, fuser.norm_tokens)
-        mixed = [sum(w * normed[:, j] for j, w in enumerate(row)) for row in fuser.mix.weight]
-        mixed = layer_norm(torch.stack(mixed, 1), fuser.norm_mixed)
-        gates = 1 / (1 + torch.exp(-mlp(layer_norm(patches, fuser.norm_patches), fuser.gates)))
-        return sum(gates[:, :, token, None] * mixed[:, None, token] for token in range(3))
-
-    same_values_and_gradients(
-        fuser, reference, random(2, 3, 6, dtype=torch.float64), random(2, 8, 6, seed=1, dtype=torch.float64)
-    )
 
 
 def test_a_fresh_fuser_adds_nothing_and_fresh_tokens_differ() -> None:
@@ -151,7 +60,7 @@ def test_pooled_tokens(pooling: Any) -> None:
     pool = shaken(AdaptivePooling(6, AuxiliarySettings(pooled=3, pooling=pooling)).double())
     patches, grid = random(2, 20, 6, dtype=torch.float64), (4, 5)
     assert pool.learner is not None
-    torch.testing.assert_close(pool(patches, grid), by_formula(pool.learner, patches, grid))
+    torch.testing.assert_close(pool(patches, grid), formulas.learned(pool.learner, patches, grid))
     feature_map = patches.transpose(1, 2).unflatten(2, grid)
     torch.testing.assert_close((pool.weights(feature_map) * feature_map.unsqueeze(1)).mean((3, 4)), pool(patches, grid))
     encoder = fresh_encoder(VIT).eval()

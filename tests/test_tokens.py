@@ -1,4 +1,4 @@
-"""Auxiliary tokens and heads against plain references: TEN, pooling by correlation, stacked heads, prototypes."""
+"""Auxiliary tokens and heads against plain references: pooling by correlation, stacked heads, prototypes."""
 
 from typing import Any
 
@@ -6,14 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from mte_bench.encoders.correlation import correlate, weighted_pooling
 from mte_bench.encoders.encoder import Encoder, EncoderSpec, fresh_encoder
 from mte_bench.encoders.heads import Fusion, Prototypes, StackedMLP
-from mte_bench.encoders.tokens import AdaptivePooling, AuxiliarySettings, AuxiliaryTokens, MultiToken, TENLayer
+from mte_bench.encoders.tokens import AdaptivePooling, AuxiliarySettings, AuxiliaryTokens, MultiToken
 from mte_bench.errors import UserError
+from tiny import random, shaken
 
 VIT = EncoderSpec(arch="vit_tiny_patch16_224", image_size=32, patch_size=8, options={"embed_dim": 24, "depth": 2, "num_heads": 3})
 SWIN = EncoderSpec(
@@ -23,35 +24,9 @@ SWIN = EncoderSpec(
 )
 
 
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def shaken(module: nn.Module) -> Any:
-    """Every weight moved away from its initial value, so that none is 0 or 1 by chance."""
-    with torch.no_grad():
-        for index, parameter in enumerate(module.parameters()):
-            parameter.add_(0.2 * random(*parameter.shape, seed=index + 1))
-    return module
-
-
 def vit_with(**settings: Any) -> tuple[Encoder, AuxiliaryTokens]:
     encoder = fresh_encoder(VIT, 0).eval()
     return encoder, shaken(AuxiliaryTokens(encoder, AuxiliarySettings(**settings)))
-
-
-def test_ten_equals_multihead_attention():
-    layer = shaken(TENLayer(24, heads=3, mlp_ratio=4.0))
-    aux, patches = random(2, 4, 24), random(2, 9, 24, seed=9)
-    peer = nn.MultiheadAttention(24, 3, batch_first=True)
-    with torch.no_grad():
-        peer.in_proj_weight.copy_(torch.cat([layer.query.weight, layer.key_value.weight]))
-        peer.in_proj_bias.copy_(torch.cat([layer.query.bias, layer.key_value.bias]))
-        peer.out_proj.load_state_dict(layer.project.state_dict())
-        memory = layer.norm_patches(patches)
-        expected = aux + peer(layer.norm_query(aux), memory, memory, need_weights=False)[0]
-        expected = expected + layer.mlp(layer.norm_mlp(expected))
-        assert torch.allclose(layer(aux, patches), expected, atol=1e-5)
 
 
 def test_ten_in_its_place():

@@ -1,4 +1,4 @@
-"""Training runs that are small enough for tests: a recipe, and what there is to compare between two runs."""
+"""What tests share: random tensors and weights, and training runs that are small enough, with what there is to compare."""
 
 import json
 from pathlib import Path
@@ -30,6 +30,18 @@ TINY: dict[str, Any] = {
     "optimiser": {"lr": 0.01, "warmup_epochs": 1},
     "mte": {"auxiliary_cls": 1, "pooled": 2, "kernel": 3},
 }
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def shaken(module: torch.nn.Module) -> Any:
+    """Every weight moved away from its initial value, so that none is 0 or 1 by chance."""
+    with torch.no_grad():
+        for index, parameter in enumerate(module.parameters()):
+            parameter.add_(0.2 * random(*parameter.shape, seed=index + 1).to(parameter.dtype))
+    return module
 
 
 def make(folder: Path, out: Path, **changes: Any) -> Trainer:

@@ -79,8 +79,8 @@ class Method(nn.Module):
         """What the images ``views`` (``v b c h w``) become, and their targets; only asked for if ``labelled``."""
         raise NotImplementedError
 
-    def fits(self, batch_size: int) -> None:
-        """Raise a ``UserError`` for a global batch that the method cannot work with."""
+    def fits(self, batch_size: int, part: int) -> None:
+        """Raise a ``UserError`` for a global batch that the method cannot work with; ``part`` of its images pass at once."""
 
     def prediction(self, vectors: Tensor) -> Tensor:
         """What ``pair`` takes of a student's vectors ``b k``."""

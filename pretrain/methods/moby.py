@@ -58,7 +58,7 @@ class MoBY(Method):
         sizes = [s.output, *[s.hidden] * (s.predictor_layers - 1), s.output]
         return Predictor(sizes, std=None, batch_norm=True, activation="relu")
 
-    def fits(self, batch_size: int) -> None:
+    def fits(self, batch_size: int, part: int) -> None:
         """A queue is replaced batch by batch."""
         if self.settings.queue % batch_size:
             raise UserError(f"batch_size {batch_size}: must divide method_settings.queue, {self.settings.queue}; change either")

@@ -1,8 +1,4 @@
-"""Learning from labels, with DeiT's and MAE's means against overfitting (DeiT ``main.py``, timm ``Mixup``).
-
-With MTE (equations 7 to 9) every auxiliary token has a classifier of its own, their mean learns from the labels, and the
-global token's classifier, the only one that is kept, learns from what that mean says.
-"""
+"""Learning from labels, with DeiT's and MAE's means against overfitting (DeiT ``main.py``, timm ``Mixup``)."""
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -63,10 +59,11 @@ class Supervised(Method):
     def _mixes(self) -> bool:
         return self.settings.mixup > 0 or self.settings.cutmix > 0
 
-    def fits(self, batch_size: int) -> None:
-        """Mixing pairs the images of a batch, so there must be an even number."""
-        if self._mixes and batch_size % 2:
-            raise UserError(f"batch_size {batch_size}: mixup and CutMix pair images; make it even, or set both to 0")
+    def fits(self, batch_size: int, part: int) -> None:
+        """Mixing pairs the images that pass at once, so there must be an even number."""
+        if self._mixes and part % 2:
+            spread = "" if part == batch_size else f" makes micro-batches of {part}"
+            raise UserError(f"batch_size {batch_size}{spread}: mixup and CutMix pair images; make it even, or set both to 0")
 
     def labels(self, views: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Mixed images, and the smoothed and mixed labels ``b classes``.
@@ -77,7 +74,6 @@ class Supervised(Method):
         s = self.settings
         if not self._mixes:
             return views, mixup_target(labels, self.classes, smoothing=s.smoothing)
-        self.fits(len(labels))
         mix = Mixup(s.mixup, s.cutmix, switch_prob=s.cutmix_share, label_smoothing=s.smoothing, num_classes=self.classes)
         with seeded(seed):
             mixed, targets = mix(views.flatten(0, 1), labels)  # the one view of each image
