@@ -383,6 +383,7 @@ def test_run_folder(tmp_path: Path):
         "recipe": "dino_tiny_scenes",
         "recipe_hash": "0123456789ab",
         "pretrain_data": "scenes?train=100",
+        "parts": (),
     }
     multi = opened.multi_token()
     assert multi is not None
