@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from mte_bench.encoders.attention import Sight
 from mte_bench.encoders.correlation import weighted_pooling
-from mte_bench.encoders.encoder import Encoder, Sight, Tokens
+from mte_bench.encoders.encoder import Encoder, Tokens
 from mte_bench.encoders.token_learner import TokenLearner
 from mte_bench.errors import UserError
 from mte_bench.settings import Settings
