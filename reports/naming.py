@@ -42,14 +42,14 @@ def architecture_title(subject: Subject) -> str:
     """``ViT-S/16`` for timm's ``vit_small_patch16_224``; the name itself where it has no short one.
 
     Options of the model (another depth or width) and an image size other than 224 are named too. With another width a
-    ViT is none of the sizes that have a letter: ``ViT/8 (width 96, depth 4)``.
+    ViT or a Swin is none of the sizes that have a letter: ``ViT/8 (width 96, depth 4)``.
     """
     title = subject.arch
     if vit := _VIT.fullmatch(subject.arch):
         size = "" if "embed_dim" in subject.arch_options else f"-{_SIZES[vit[2]]}"
         title = f"{'ViT' if vit[1] == 'vit' else 'DeiT'}{size}/{subject.patch_size or vit[3]}"
     elif swin := _SWIN.fullmatch(subject.arch):
-        title = f"Swin-{_SIZES[swin[1]].replace('Ti', 'T')}"
+        title = "Swin" if "embed_dim" in subject.arch_options else f"Swin-{_SIZES[swin[1]].replace('Ti', 'T')}"
     order = [*_OPTIONS, *sorted(subject.arch_options.keys() - _OPTIONS)]
     options = [f"{_OPTIONS.get(key, key)} {subject.arch_options[key]}" for key in order if key in subject.arch_options]
     title += f" ({', '.join(options)})" if options else ""

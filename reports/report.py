@@ -92,6 +92,10 @@ def _title(sections: Sequence[Section], collection: Collection) -> str:
     if not titles:
         titles = [entry.title for entry in collection.entries]
     data = [data_title(entry.record.data.source) for entry in collection.entries]
+    several = list(dict.fromkeys(title.removesuffix("+MTE") for title in titles))
+    if len(several) > 3:
+        with_mte = ", with and without MTE," if any(title.endswith("+MTE") for title in titles) else ""
+        return plain_text(f"{len(several)} methods{with_mte} on {_listed(data)}")
     return plain_text(f"{_listed(titles)} on {_listed(data)}")
 
 

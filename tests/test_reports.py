@@ -474,6 +474,8 @@ def test_names():
     narrow = subject(arch="vit_tiny_patch16_224", arch_options={"x": 1, "num_heads": 3, "embed_dim": 96}, image_size=224)
     assert architecture_title(narrow) == "ViT/16 (width 96, heads 3, x 1)"
     assert architecture_title(subject(arch="swin_tiny_patch4_window7_224", image_size=224)) == "Swin-T"
+    small = subject(arch="swin_tiny_patch4_window7_224", image_size=224, arch_options={"embed_dim": 32})
+    assert architecture_title(small) == "Swin (width 32)"
     assert architecture_title(subject(arch="vit_small_patch14_dinov2", image_size=224)) == "vit_small_patch14_dinov2"
     assert data_title("scenes?train=10&val=5") == "scenes"
     assert data_title("imagefolder:/somewhere/else/cifar10/?per_class=10") == "cifar10"
