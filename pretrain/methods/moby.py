@@ -3,29 +3,22 @@
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from mte_bench.encoders.heads import Predictor, StackedMLP
 from mte_bench.errors import UserError
-from pretrain.methods.base import Method, full, gathered
+from pretrain.methods.base import gathered
+from pretrain.methods.predicting import Predicting
 
 
-class MoBY(Method):
+class MoBY(Predicting):
     """Cross-entropy of finding an image's key, which the teacher makes of its other view, among those of earlier images."""
 
     title = "MoBY"
-    evaluates = "student"
     teacher_moves = "before"
-    statistics_per_view = True
 
-    class Settings(Method.Settings):
+    class Settings(Predicting.Settings):
         """Defaults are the reference's."""
 
-        hidden: int = Field(4096, gt=0)
-        output: int = Field(256, gt=0)
-        layers: int = Field(2, ge=1)
-        """Of the projection."""
-        predictor_layers: int = Field(2, ge=1)
         temperature: float = Field(0.2, gt=0)
         queue: int = Field(4096, gt=0)
         """Keys that each of the two views' queues holds; a multiple of the batch size."""
@@ -39,37 +32,10 @@ class MoBY(Method):
         self.register_buffer("queues", F.normalize(torch.randn(2, values.queue, values.output), dim=-1))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))
 
-    def head(self, width: int, copies: int) -> nn.Module:
-        """An MLP with batch normalisation and ReLU."""
-        s = self.settings
-        sizes = [width, *[s.hidden] * (s.layers - 1), s.output]
-        return StackedMLP(copies, sizes, std=None, batch_norm=True, activation="relu")
-
-    @property
-    def output_width(self) -> int:
-        """The projection's."""
-        return self.settings.output
-
-    def tail(self, student: bool) -> nn.Module:
-        """The student's predictor, an MLP like the projection's; the teacher has none."""
-        if not student:
-            return nn.Identity()
-        s = self.settings
-        sizes = [s.output, *[s.hidden] * (s.predictor_layers - 1), s.output]
-        return Predictor(sizes, std=None, batch_norm=True, activation="relu")
-
     def fits(self, batch_size: int, part: int) -> None:
         """A queue is replaced batch by batch."""
         if self.settings.queue % batch_size:
             raise UserError(f"batch_size {batch_size}: must divide method_settings.queue, {self.settings.queue}; change either")
-
-    def prediction(self, vectors: Tensor) -> Tensor:
-        """The query, of unit length."""
-        return F.normalize(full(vectors), dim=-1)
-
-    def target(self, vectors: Tensor, epoch: int) -> Tensor:
-        """The key, of unit length."""
-        return F.normalize(full(vectors), dim=-1)
 
     def pair(self, prediction: Tensor, target: Tensor, view: int) -> Tensor:
         """Cross-entropy over the key and the queue of its view; twice, as the reference adds up both directions."""

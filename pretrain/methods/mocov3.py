@@ -1,32 +1,28 @@
 """MoCo v3: contrast within the batch (Chen et al. 2021). Constants: ``facebookresearch/moco-v3``."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from mte_bench.encoders.encoder import Encoder
-from mte_bench.encoders.heads import Predictor, StackedMLP
 from mte_bench.errors import UserError
-from pretrain.methods.base import Method, full, gathered
+from pretrain.methods.base import gathered
+from pretrain.methods.predicting import Predicting
 
 
-class MoCoV3(Method):
+class MoCoV3(Predicting):
     """Cross-entropy of finding an image's key, which the teacher makes of its other view, among those of the batch."""
 
     title = "MoCo v3"
-    evaluates = "student"
     teacher_moves = "before"
-    statistics_per_view = True
 
-    class Settings(Method.Settings):
+    class Settings(Predicting.Settings):
         """Defaults are the reference's for ViTs."""
 
-        hidden: int = Field(4096, gt=0)
-        output: int = Field(256, gt=0)
         layers: int = Field(3, ge=1)
-        """Of the projection."""
-        predictor_layers: int = Field(2, ge=1)
         temperature: float = Field(0.2, gt=0)
         freeze_patch_embedding: bool = True
         """Leave the patch convolution as it was drawn: training it makes ViTs unstable (section 4 of the paper)."""
@@ -39,32 +35,9 @@ class MoCoV3(Method):
         if self.settings.freeze_patch_embedding:
             encoder.model.patch_embed.proj.requires_grad_(False)  # type: ignore[union-attr]
 
-    def head(self, width: int, copies: int) -> nn.Module:
-        """An MLP without biases, each layer with batch normalisation, the last one's without weights."""
-        s = self.settings
-        sizes = [width, *[s.hidden] * (s.layers - 1), s.output]
-        return StackedMLP(copies, sizes, std=None, batch_norm=True, activation="relu", bias=False, last_norm=True)
-
-    @property
-    def output_width(self) -> int:
-        """The projection's."""
-        return self.settings.output
-
-    def tail(self, student: bool) -> nn.Module:
-        """The student's predictor, an MLP like the projection's; the teacher has none."""
-        if not student:
-            return nn.Identity()
-        s = self.settings
-        sizes = [s.output, *[s.hidden] * (s.predictor_layers - 1), s.output]
-        return Predictor(sizes, std=None, batch_norm=True, activation="relu", bias=False, last_norm=True)
-
-    def prediction(self, vectors: Tensor) -> Tensor:
-        """The query, of unit length."""
-        return F.normalize(full(vectors), dim=-1)
-
-    def target(self, vectors: Tensor, epoch: int) -> Tensor:
-        """The key, of unit length."""
-        return F.normalize(full(vectors), dim=-1)
+    def mlp(self, layers: int) -> dict[str, Any]:
+        """No biases, and batch normalisation after the last layer, too, that one without weights."""
+        return {"bias": False, "last_norm": True}
 
     def pair(self, prediction: Tensor, target: Tensor, view: int) -> Tensor:
         """Cross-entropy over the keys of all processes (of this micro-batch) times twice the temperature.
