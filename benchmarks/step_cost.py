@@ -8,7 +8,6 @@ convolutions, a loop over the projection heads). The floor is the ratio of multi
     python benchmarks/step_cost.py --quick    # batch 4, two rounds
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -16,9 +15,10 @@ import time
 import torch
 from torch import Tensor, nn
 
-from mte_bench.device import autocast, pick_device, pick_precision
+from mte_bench.device import autocast, wait
 from mte_bench.encoders.cost import count_macs
 from mte_bench.records import environment
+from options import turns
 from pretrain import mte
 from pretrain.methods.dino import DINO
 from pretrain.optimiser import EMA, build_optimiser, clip_per_tensor
@@ -40,7 +40,7 @@ class NaiveBranch(mte.Branch):
             for _ in range(recipe.mte.count)
         ).requires_grad_(student)
 
-    def forward(self, groups: list[Tensor], of_global: bool = True, of_fused: bool = True) -> mte.Vectors:  # type: ignore[override]
+    def forward(self, groups: list[Tensor], *, of_global: bool = True, of_fused: bool = True, **_: bool) -> mte.Vectors:  # type: ignore[override]
         sizes = [groups[0].shape[1]] * len(groups[0])
         model, auxiliary = self.encoder.model, self.auxiliary
         assert auxiliary is not None and auxiliary.cls is not None
@@ -89,7 +89,7 @@ class Step:
 
     def __call__(self, groups: list[Tensor]) -> float:
         """One step; returns its seconds."""
-        _wait(self.device)
+        wait(self.device)
         started = time.perf_counter()
         self.forward(groups).backward()
         clip_per_tensor(self.student, 3.0)
@@ -98,13 +98,8 @@ class Step:
         self.ema.update(0.996)
         with torch.no_grad():
             self.method.update([torch.cat(self.vectors)], [])
-        _wait(self.device)
+        wait(self.device)
         return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def step_macs(recipe: Recipe) -> int:
@@ -115,17 +110,7 @@ def step_macs(recipe: Recipe) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="batch 4, two rounds")
-    parser.add_argument("--batch", type=int, help="images per step")
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    options = parser.parse_args()
-    device = pick_device(options.device)
-    precision = pick_precision(options.precision, device)
-    batch = options.batch or (4 if options.quick else 16 if device.type == "cpu" else 128)
-    rounds = options.rounds or (2 if options.quick else 5)
+    batch, rounds, device, precision = turns(__doc__, cuda_batch=128, rounds=5)
 
     plain = load_recipe("dino_vits16_100ep", ["drop_path=0"])
     enhanced = load_recipe("dino_vits16_100ep", ["drop_path=0", "mte=true"])

@@ -6,7 +6,6 @@ Every variant encodes the same images in turn. The floor is the ratio of multipl
     python benchmarks/token_learner.py --quick    # batch 4, two rounds
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -14,11 +13,12 @@ import time
 import torch
 from torch import Tensor
 
-from mte_bench.device import autocast, pick_device, pick_precision, wait
+from mte_bench.device import autocast, wait
 from mte_bench.encoders.cost import count_macs
 from mte_bench.encoders.encoder import Encoder, EncoderSpec, fresh_encoder
 from mte_bench.encoders.token_learner import TokenLearnerSettings
 from mte_bench.records import environment
+from options import turns
 
 VARIANTS = {
     "plain": None,
@@ -30,17 +30,7 @@ VARIANTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="batch 4, two rounds")
-    parser.add_argument("--batch", type=int, help="images per pass")
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    options = parser.parse_args()
-    device = pick_device(options.device)
-    precision = pick_precision(options.precision, device)
-    batch = options.batch or (4 if options.quick else 16 if device.type == "cpu" else 256)
-    rounds = options.rounds or (2 if options.quick else 7)
+    batch, rounds, device, precision = turns(__doc__, cuda_batch=256, rounds=7)
 
     encoders = {
         name: fresh_encoder(EncoderSpec(arch="vit_small_patch16_224", token_learner=settings)).eval().to(device)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mte_bench.device import wait
+
 if TYPE_CHECKING:
     from pretrain.trainer import Trainer
 
@@ -53,21 +55,16 @@ def _measure(trainer: "Trainer", images: int) -> tuple[float, int]:
         return tensor
 
     weights = {p.untyped_storage().data_ptr() for p in trainer.student.parameters()}
-    _wait(trainer.device)
+    wait(trainer.device)
     started = time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         parts = trainer.forward(trainer.student, groups, [None] * len(groups), epoch=0, labels=labels)[0]
     parts["loss"].backward()
     trainer.update(0.0)
-    _wait(trainer.device)
+    wait(trainer.device)
     return time.perf_counter() - started, sum(size for place, size in kept.items() if place not in weights)
 
 
 def gib(size: float) -> str:
     """Bytes as GiB with one decimal."""
     return f"{size / 2**30:.1f}"
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -27,7 +27,7 @@ from pretrain import distributed, mte, state
 from pretrain.live import CURVES, Curves, LiveLine
 from pretrain.loader import Batch, Grid, StepSampler, epoch_order, view_loader
 from pretrain.methods import METHODS
-from pretrain.methods.base import mean_over_processes
+from pretrain.methods.base import mean_over_processes, mean_over_rows
 from pretrain.monitor import classifier_top1, knn_top1
 from pretrain.optimiser import EMA, build_optimiser, clip_per_tensor, clip_whole, drop_gradients, learning_rate, set_rates
 from pretrain.recipe import Recipe
@@ -166,7 +166,8 @@ class Trainer:
         epoch = self.step // self.steps_per_epoch
         if self.method.teacher_moves == "before":
             self.ema.update(momentum)
-        teachers: list[mte.Vectors] = []
+        leading: list[Tensor] = []
+        patch_means: list[Tensor] = []
         sums: dict[str, Tensor] = {}
         for micro in range(recipe.accumulate):
             batch = next(batches)
@@ -183,7 +184,9 @@ class Trainer:
             with nullcontext() if last or self.processes == 1 else student.no_sync():
                 parts, vectors = self.forward(student, groups, self._drop_path(groups, micro), epoch, masks, labels)
                 self.scaler.scale(parts["loss"] / recipe.accumulate).backward()
-            teachers.append(vectors)
+            if labels is None:
+                leading.append(torch.cat(mte.seen(vectors, recipe)))
+            patch_means += [mean_over_rows(view) for view in vectors.of_patches or []]
             for key, value in parts.items():
                 sums[key] = sums.get(key, 0) + value.detach() / recipe.accumulate
         means = mean_over_processes(torch.stack([value.float() for value in sums.values()]))
@@ -193,8 +196,7 @@ class Trainer:
         drop_gradients(self.method.without_gradient(self.student, epoch))
         values |= self.update(momentum)
         with torch.no_grad():
-            patches = [torch.stack(vectors.of_patches) for vectors in teachers if vectors.of_patches]
-            self.method.update([torch.cat(mte.seen(vectors, recipe)) for vectors in teachers if mte.lead(vectors)], patches)
+            self.method.update(leading, patch_means)
         return values | {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
 
     def forward(

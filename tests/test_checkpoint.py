@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from mte_bench.encoders.checkpoint import (
     Checkpoint,
     open_checkpoint,
-    read_metadata,
     save_auxiliary,
     save_encoder,
     weights_hash,
@@ -30,6 +29,7 @@ from mte_bench.encoders.encoder import EncoderSpec, fresh_encoder
 from mte_bench.encoders.families import read_foreign
 from mte_bench.encoders.heads import Prototypes, StackedMLP
 from mte_bench.encoders.tokens import AuxiliarySettings, AuxiliaryTokens, MultiToken
+from mte_bench.encoders.weight_files import read_metadata
 from mte_bench.errors import UserError
 
 SMALL = EncoderSpec(

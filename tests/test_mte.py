@@ -5,22 +5,14 @@ import itertools
 import pytest
 import torch
 
-from benchmarks.formulas import perturbed
+from benchmarks.formulas import SMALL, perturbed
+from benchmarks.formulas import TINY as MODEL
 from mte_bench.encoders.tokens import AuxiliaryTokens
 from pretrain import mte
 from pretrain.methods.dino import DINO
 from pretrain.recipe import Recipe
 
-TINY = {
-    "method": "dino",
-    "method_settings": {"prototypes": 64, "hidden": 32, "bottleneck": 16},
-    "arch": "vit_tiny_patch16_224",
-    "image_size": 32,
-    "patch_size": 8,
-    "arch_options": {"embed_dim": 24, "depth": 2, "num_heads": 2},
-    "drop_path": 0.0,
-    "batch_size": 4,
-}
+TINY = {**MODEL, "method": "dino", "method_settings": SMALL}
 
 
 def branches(recipe: Recipe) -> tuple[DINO, mte.Branch, mte.Branch]:

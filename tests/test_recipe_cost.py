@@ -8,6 +8,8 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.formulas import SMALL
+from benchmarks.formulas import TINY as MODEL
 from mte_bench.cli import _parser
 from mte_bench.device import forget_peak, peak_memory
 from mte_bench.errors import UserError
@@ -17,12 +19,9 @@ from pretrain.cost import Counts, count, with_and_without
 from pretrain.recipe import Recipe
 
 TINY: dict[str, Any] = {
+    **MODEL,
     "method": "ibot",
-    "method_settings": {"prototypes": 64, "hidden": 32, "bottleneck": 16},
-    "arch": "vit_tiny_patch16_224",
-    "image_size": 32,
-    "patch_size": 8,
-    "arch_options": {"embed_dim": 24, "depth": 2, "num_heads": 2},
+    "method_settings": SMALL,
     "views": {"global1": {"size": 32}, "global2": {"size": 32}, "local": {"size": 16}, "local_count": 2},
 }
 

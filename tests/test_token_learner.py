@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import formulas
+from benchmarks.formulas import SMALL
+from benchmarks.formulas import TINY as MODEL
 from mte_bench.encoders.checkpoint import open_checkpoint, save_encoder
 from mte_bench.encoders.commands import export
 from mte_bench.encoders.cost import count_macs
@@ -204,13 +206,10 @@ def test_random_encoders_and_those_of_others() -> None:
 # What is refused --------------------------------------------------------------------------------------------------------
 
 TINY: dict[str, Any] = {
+    **MODEL,
     "method": "dino",
-    "method_settings": {"prototypes": 64, "hidden": 32, "bottleneck": 16},
-    "arch": "vit_tiny_patch16_224",
-    "image_size": 32,
-    "patch_size": 8,
-    "arch_options": {"embed_dim": 24, "depth": 4, "num_heads": 2},
-    "batch_size": 4,
+    "method_settings": SMALL,
+    "arch_options": {**MODEL["arch_options"], "depth": 4},
     "views": {"global1": {"size": 32}, "global2": {"size": 32}, "local": {"size": 16}, "local_count": 2},
 }
 

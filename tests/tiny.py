@@ -8,6 +8,8 @@ from unittest import mock
 import pytest
 import torch
 
+from benchmarks.formulas import SMALL
+from benchmarks.formulas import TINY as MODEL
 from mte_bench.data.sources import open_source
 from pretrain import state
 from pretrain.live import CURVES
@@ -18,11 +20,8 @@ from pretrain.views import normalise
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
     "method": "dino",
-    "method_settings": {"prototypes": 64, "hidden": 32, "bottleneck": 16, "warmup_teacher_temperature_epochs": 2},
-    "arch": "vit_tiny_patch16_224",
-    "image_size": 32,
-    "patch_size": 8,
-    "arch_options": {"embed_dim": 24, "depth": 2, "num_heads": 2},
+    **MODEL,
+    "method_settings": {**SMALL, "warmup_teacher_temperature_epochs": 2},
     "drop_path": 0.2,
     "epochs": 3,
     "batch_size": 8,

@@ -13,17 +13,11 @@ further arguments of the timm model. Nothing is ever unpickled that could run co
 
 import hashlib
 import json
-import pickle
-import re
-import warnings
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import timm
 import torch
 import yaml
@@ -33,8 +27,8 @@ from torch import Tensor, nn
 from mte_bench.encoders.encoder import Encoder, EncoderSpec, build_encoder, fresh_encoder
 from mte_bench.encoders.families import METHODS, Found, first_few, read_foreign
 from mte_bench.encoders.tokens import AuxiliarySettings, AuxiliaryTokens, MultiToken
+from mte_bench.encoders.weight_files import read_metadata, read_pickle, read_safetensors, write_safetensors
 from mte_bench.errors import UserError
-from mte_bench.files import atomic
 from mte_bench.records import Subject
 
 ENCODER_NAME = "encoder.safetensors"
@@ -76,7 +70,7 @@ class Checkpoint:
         """The encoder with the auxiliary tokens that it was pre-trained with; None if there were none."""
         if self.auxiliary is None:
             return None
-        tensors, metadata = _read_safetensors(self.auxiliary)
+        tensors, metadata = read_safetensors(self.auxiliary)
         if metadata.get("format") != AUXILIARY_FORMAT:
             raise UserError(f"{self.auxiliary}: format {metadata.get('format')}, this version reads {AUXILIARY_FORMAT}")
         for key in ("recipe_hash", "seed", "epoch"):
@@ -119,7 +113,7 @@ def save_encoder(path: str | Path, encoder: Encoder, metadata: Mapping[str, Any]
     cannot be written; an earlier file is then left whole.
     """
     own = {"format": ENCODER_FORMAT, "spec": encoder.spec.model_dump(mode="json")}
-    _write_safetensors(path, encoder.model.state_dict(), {**metadata, **own})
+    write_safetensors(path, encoder.model.state_dict(), {**metadata, **own})
 
 
 def save_auxiliary(
@@ -130,7 +124,7 @@ def save_auxiliary(
     for head, module in heads.items():
         tensors |= {f"heads.{head}.{name}": tensor for name, tensor in module.state_dict().items()}
     settings = auxiliary.settings.model_dump(mode="json", include=set(AuxiliarySettings.model_fields))
-    _write_safetensors(path, tensors, {**metadata, "format": AUXILIARY_FORMAT, "settings": settings})
+    write_safetensors(path, tensors, {**metadata, "format": AUXILIARY_FORMAT, "settings": settings})
 
 
 def save_classifier(path: str | Path, head: nn.Module, classes: Sequence[str], metadata: Mapping[str, Any]) -> None:
@@ -139,16 +133,7 @@ def save_classifier(path: str | Path, head: nn.Module, classes: Sequence[str], m
     These are the names that a timm model with ``num_classes`` has beside the encoder's. The classes stand in the header.
     """
     tensors = {f"head.{name}": tensor.squeeze(0) for name, tensor in head.state_dict().items()}
-    _write_safetensors(path, tensors, {**metadata, "format": CLASSIFIER_FORMAT, "classes": list(classes)})
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata in a safetensors file's header; ``UserError`` if it is none."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+    write_safetensors(path, tensors, {**metadata, "format": CLASSIFIER_FORMAT, "classes": list(classes)})
 
 
 def weights_hash(encoder: Encoder) -> str:
@@ -235,7 +220,7 @@ def _open_timm(text: str, name: str, options: dict[str, Any]) -> Checkpoint:
 
 def _open_file(text: str, path: Path, part: str | None, options: dict[str, Any], allow_partial: bool) -> Checkpoint:
     file = _encoder_file(path, text)
-    content, header = _read_safetensors(file) if file.suffix == ".safetensors" else (_read_pickle(file), {})
+    content, header = read_safetensors(file) if file.suffix == ".safetensors" else (read_pickle(file), {})
     if header.get("format", "").startswith("mte-bench"):
         if part is not None:
             raise UserError(f"{text}: {file.name} holds one encoder and no part '{part}'")
@@ -342,73 +327,3 @@ def _spec_of(metadata: Mapping[str, str], path: Path) -> EncoderSpec:
         return EncoderSpec.check(json.loads(metadata["spec"]), str(path))
     except (KeyError, ValueError) as error:
         raise UserError(f"{path}: its header does not say how to build the encoder ({error})") from error
-
-
-def _write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    texts = {
-        key: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-        for key, value in metadata.items()
-        if value is not None
-    }
-    data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, texts)
-    # The library writes the metadata in an order that changes from process to process.
-    size = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    with atomic(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.write(memoryview(data)[8 + size :])
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    metadata = read_metadata(path)
-    try:
-        return safetensors.torch.load_file(path), metadata
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-
-
-class _Ignored:
-    """Stands for an object in a checkpoint that is no weight; whatever it is made of is forgotten."""
-
-    def __new__(cls, *arguments: Any) -> "_Ignored":
-        return super().__new__(cls)
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-
-# Harmless things that training scripts leave beside the weights. Their own code is not even imported.
-_LEFT_BEHIND: list[Any] = [
-    (_Ignored, "argparse.Namespace"),
-    (_Ignored, "pathlib.PosixPath"),
-    (_Ignored, "pathlib.WindowsPath"),
-    (_Ignored, "pathlib._local.PosixPath"),
-    (_Ignored, "numpy.dtype"),
-    (_Ignored, "numpy.core.multiarray.scalar"),
-    (_Ignored, "numpy._core.multiarray.scalar"),
-    (OrderedDict, "yacs.config.CfgNode"),
-]
-
-
-def _read_pickle(path: Path) -> Mapping[str, Any]:
-    """What a torch file holds; only tensors and plain data, never code."""
-    try:
-        with open(path, "rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"
-        with torch.serialization.safe_globals(_LEFT_BEHIND), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on the pickle's protocol, when the file is something else
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # bytes that are no checkpoint can make the reader fail in any way
-        code = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if code:
-            raise UserError(
-                f"{path}: unpickling it would run {code[1]}, which is refused; save its state dict alone, or as safetensors"
-            ) from error
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a checkpoint, or cut short ({reason})") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
-    return content

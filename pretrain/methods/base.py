@@ -97,7 +97,8 @@ class Method(nn.Module):
     def update(self, vectors: list[Tensor], patches: list[Tensor]) -> None:
         """Take in the teacher's vectors, after the optimiser's step.
 
-        One ``b k`` per micro-batch, all views stacked; with ``masking`` also those of the patches, each ``b n k``.
+        One ``b k`` per micro-batch, all views stacked; with ``masking`` also, for each micro-batch and view, the mean ``1 k``
+        of the patches' (all of them would not fit into memory).
         """
 
     def without_gradient(self, branch: nn.Module, epoch: int) -> Iterable[nn.Parameter]:
@@ -111,6 +112,12 @@ def mean_over_processes(values: Tensor) -> Tensor:
         torch.distributed.all_reduce(values)
         values /= torch.distributed.get_world_size()
     return values
+
+
+def mean_over_rows(values: Tensor) -> Tensor:
+    """``1 k``: the mean of ``values`` (``... k``) over all but the last dimension, in at least float32."""
+    precision = torch.promote_types(values.dtype, torch.float32)
+    return values.flatten(0, -2).mean(0, keepdim=True, dtype=precision)
 
 
 def gathered(values: Tensor) -> tuple[Tensor, int]:

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mte_bench.encoders.heads import Prototypes, StackedMLP
-from pretrain.methods.base import Method, full, mean_over_processes
+from pretrain.methods.base import Method, full, mean_over_processes, mean_over_rows
 from pretrain.schedules import teacher_temperature
 
 
@@ -90,5 +90,5 @@ class DINO(Method):
 
 def move_centre(centre: Tensor, scores: list[Tensor], momentum: float) -> None:
     """Move ``centre`` (``1 k``) towards the mean of ``scores`` (each ``... k``), equal micro-batches, over all processes."""
-    mean = torch.stack([full(part).flatten(0, -2).mean(0, keepdim=True) for part in scores]).mean(0)
+    mean = torch.stack([mean_over_rows(part) for part in scores]).mean(0)
     centre.lerp_(mean_over_processes(mean), 1 - momentum)
