@@ -84,7 +84,8 @@ def load_yaml(name: str, folder: Path, kind: str) -> dict[str, Any]:
 def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """Apply ``key.sub=value`` strings (values are YAML) to nested settings; returns a new mapping.
 
-    ``null`` sets None; a mapping value replaces the whole mapping at that key.
+    ``null`` sets None; a mapping value replaces the whole mapping at that key. A key below a group that is switched off,
+    or on with its defaults (``mte=true``), switches it on.
     """
     result = _copy(values)
     for assignment in assignments:
@@ -94,7 +95,7 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         *parents, last = key.split(".")
         place = result
         for parent in parents:
-            if place.get(parent) is None:
+            if place.get(parent) is None or isinstance(place[parent], bool):
                 place[parent] = {}
             place = place[parent]
             if not isinstance(place, dict):
