@@ -30,6 +30,13 @@ def test_a_shipped_recipe_is_valid_and_says_what_it_costs_and_gives(name: str) -
         assert plain.model_copy(update=same) == recipe.model_copy(update=same)
 
 
+def test_a_setting_of_mte_switches_it_on() -> None:
+    alone = load_recipe("byol_tiny_scenes", ["mte.target=each"])
+    assert alone == load_recipe("byol_tiny_scenes", ["mte=true", "mte.target=each"])
+    assert alone.mte is not None and alone.mte.target == "each" and alone.mte.count == 10
+    assert load_recipe("byol_tiny_scenes").mte is None
+
+
 @pytest.mark.parametrize("table", [5, 6, 8, 13, 14, 15, 16])
 def test_every_row_of_a_table_has_its_recipe(table: int) -> None:
     printed = {row["name"]: row for row in rows("paper", f"tab{table}.*")}
