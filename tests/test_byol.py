@@ -39,3 +39,17 @@ def test_parts_have_the_sizes_and_biases_of_the_reference() -> None:
     assert not list(method.tail(student=False).parameters())
     three = BYOL(BYOL.Settings(layers=3)).head(384, 1)
     assert [layer.bias is None for layer in three.layers] == [False, False, True]
+
+
+def test_last_norm_gives_every_number_of_the_targets_the_same_weight() -> None:
+    """A no-op for a projection, which is normalised already; a mean of projections is large only where they agree."""
+    method = BYOL(BYOL.Settings(last_norm=True, hidden=16, output=8)).double()
+    projections = torch.randn(2, 64, 8, dtype=torch.float64)
+    projections[1, :, :4] = projections[0, :, :4]
+    projections = (projections - projections.mean(1, keepdim=True)) / projections.std(1, correction=0, keepdim=True)
+    expected = torch.nn.functional.normalize(projections[0], dim=-1)
+    torch.testing.assert_close(method.target(projections[0], 0), expected, rtol=0, atol=1e-5)
+    mean = projections.mean(0)
+    assert mean[:, :4].std() > 1.2 * mean[:, 4:].std()
+    expected = torch.nn.functional.normalize(mean / mean.std(0, correction=0), dim=-1)
+    torch.testing.assert_close(method.target(mean, 0), expected, rtol=0, atol=1e-4)
