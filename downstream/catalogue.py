@@ -13,9 +13,10 @@ def tasks() -> list[dict[str, Any]]:
 
     analyses = [command.callback for command in analyze.registered_commands if command.callback]
     offered = [("", commands.knn), ("", commands.linear), *(("analyze ", function) for function in analyses)]
+    named = [(group, function.__name__.replace("_", "-"), function) for group, function in offered]
     return [
-        {"name": function.__name__, "command": f"mte-bench {group}{function.__name__}", "about": _first_line(function.__doc__)}
-        for group, function in offered
+        {"name": name, "command": f"mte-bench {group}{name}", "about": _first_line(function.__doc__)}
+        for group, name, function in named
     ]
 
 

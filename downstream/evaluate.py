@@ -84,7 +84,7 @@ def evaluate(task: Task[P], request: Request) -> Record | None:
     protocol = protocol.for_smoke() if request.smoke else protocol
     how = pass_of(request)
     train, val = (open_split(request, split) for split in SPLITS)
-    _require_labels(train, val)
+    require_labels(train, val)
     parts = []
     for text in (request.checkpoint, *request.others):
         checkpoint = open_checkpoint(text, allow_partial=request.allow_partial, image_size=protocol.image_size)
@@ -217,12 +217,13 @@ def open_split(request: Request, split: SplitName) -> ImageSet:
     return take(images, "images", SMOKE_BATCHES * (request.batch_size or BATCH)) if request.smoke else images
 
 
-def _require_labels(train: ImageSet, val: ImageSet) -> None:
-    """Raise ``UserError`` unless all images are labelled, with the same classes in both splits and two of them at least."""
-    for images in (train, val):
+def require_labels(*splits: ImageSet) -> None:
+    """Raise ``UserError`` unless all images are labelled, with the same classes in all splits and two of them at least."""
+    for images in splits:
         require_classes(images)
         if unlabelled := int((images.labels < 0).sum()):
             raise UserError(f"{images.source}: {unlabelled} images of {images.split} have no label; remove or label them")
+    train, val = splits[0], splits[-1]
     if train.classes != val.classes:
         strange = sorted(set(train.classes) ^ set(val.classes)) or ["their order"]
         raise UserError(f"{val.source}: train and val do not list the same classes ({', '.join(strange[:3])})")

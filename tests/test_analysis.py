@@ -13,7 +13,7 @@ from downstream.analysis.attention import attention_entropy
 from downstream.analysis.cka import linear_cka, mean_between, minibatch_cka, refuse_constant, unbiased_hsic
 from downstream.analysis.maps import relative
 from downstream.analysis.pooling import POOLING, map_correlation, map_variation, mean_over_pairs, pooling_kernels
-from downstream.analysis.study import AnalysisProtocol, Gallery, Prepared
+from downstream.analysis.study import AnalysisProtocol, Gallery, Prepared, Seen
 from mte_bench.cli import run
 from mte_bench.encoders.checkpoint import AUXILIARY_NAME, ENCODER_NAME, save_auxiliary, save_encoder
 from mte_bench.encoders.encoder import EncoderSpec, build_encoder
@@ -281,9 +281,9 @@ def test_centred_map_correlation_does_not_see_what_all_images_share() -> None:
     maps[:, :, [0, -1]] -= 0.5
     gallery = Gallery(np.array([0]), ["a"], np.zeros((1, 32, 32, 3)))
     prepared = Prepared(model, lambda images: [images], ("pooled 1", "pooled 2", "pooled 3"))
-    metrics = POOLING.measure(
-        AnalysisProtocol(task="pooling", version=1, image_size=None, resize=None, count=count), prepared, [maps], gallery
-    ).metrics
+    protocol = AnalysisProtocol(task="pooling", version=1, image_size=None, resize=None, count=count)
+    seen = Seen([maps], np.zeros(count, np.int64), ("thing",), gallery)
+    metrics = POOLING.measure(protocol, prepared, seen).metrics
     assert metrics["map_correlation"].value > 0.9
     assert abs(metrics["map_correlation_centred"].value) < 0.02
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from downstream.analysis.maps import draw_maps
-from downstream.analysis.study import Analysis, AnalysisProtocol, Gallery, Outcome, Prepared, mean_over_images, rounded
+from downstream.analysis.study import Analysis, AnalysisProtocol, Outcome, Prepared, Seen, mean_over_images, rounded
 from mte_bench.encoders.checkpoint import Checkpoint
 from mte_bench.errors import UserError
 
@@ -41,9 +41,9 @@ def prepare_attention(protocol: AnalysisProtocol, checkpoint: Checkpoint) -> Pre
     return Prepared(encoder, attention, tuple(f"head {index + 1}" for index in range(encoder.num_heads)))
 
 
-def measure_attention(protocol: AnalysisProtocol, prepared: Prepared, computed: list[Floats], gallery: Gallery) -> Outcome:
+def measure_attention(protocol: AnalysisProtocol, prepared: Prepared, seen: Seen) -> Outcome:
     """How spread the attention is, on average over heads; ``largest_entropy`` is that of an even map."""
-    (attention,) = computed
+    (attention,), gallery = seen.arrays, seen.gallery
     entropy, shown = attention_entropy(attention), attention[gallery.rows]
     with_mean = np.concatenate([shown.mean(axis=1, keepdims=True), shown], axis=1)
     names = ("mean of heads", *prepared.names)

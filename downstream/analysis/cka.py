@@ -7,10 +7,7 @@ independent features of width c give about c / (n + c), not 0. The minibatch est
 with the largest difference between them.
 """
 
-import re
 from collections.abc import Sequence
-from itertools import groupby
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -18,16 +15,15 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from downstream.analysis.study import Analysis, AnalysisProtocol, Gallery, Outcome, Prepared, rounded
+from downstream.analysis.pairs_map import draw_pairs
+from downstream.analysis.study import Analysis, AnalysisProtocol, Outcome, Prepared, Seen, rounded
 from mte_bench.encoders.checkpoint import Checkpoint
 from mte_bench.errors import UserError
-from mte_bench.plotting import picture, title_width
 from mte_bench.records import Metric
 
 Floats = NDArray[np.floating]
 
 GLOBAL = "global"
-PRINTED = 16  # up to so many tokens, the value is printed in each cell
 
 
 def linear_cka(features: Sequence[Floats]) -> Floats:
@@ -99,32 +95,6 @@ def refuse_constant(features: Sequence[Floats], names: Sequence[str]) -> None:
             raise UserError(f"token '{name}': the same for every image, so its CKA is undefined; the encoder has collapsed")
 
 
-def draw_cka(path: str | Path, matrix: Floats, names: Sequence[str], title: str) -> None:
-    """Write the heat map of a (t, t) CKA matrix; white lines part the kinds of tokens (names alike but for their number)."""
-    count = len(names)
-    cell = 0.52 if count <= PRINTED else max(0.2, 8 / count)
-    side = max(2.6, cell * count)
-    with picture(path, max(side + 2.4, title_width(title)), side + 1.5) as figure:
-        axes = figure.add_subplot()
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
-        image = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=1)
-        axes.set_xticks(range(count), names, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(count), names)
-        axes.tick_params(length=0)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-        for border in _borders(names):
-            axes.axhline(border, color="white", linewidth=2)
-            axes.axvline(border, color="white", linewidth=2)
-        if count <= PRINTED:
-            for row in range(count):
-                for column in range(count):
-                    value = matrix[row, column]
-                    colour = "black" if value > 0.6 else "white"
-                    axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
-        figure.colorbar(image, ax=axes, label="linear CKA", shrink=0.8)
-
-
 class CKAProtocol(AnalysisProtocol):
     """Settings of CKA."""
 
@@ -161,9 +131,9 @@ def prepare_cka(protocol: CKAProtocol, checkpoint: Checkpoint) -> Prepared:
     return Prepared(multi_token, tokens_of, (GLOBAL, *multi_token.names))
 
 
-def measure_cka(protocol: CKAProtocol, prepared: Prepared, features: list[Floats], gallery: Gallery) -> Outcome:
+def measure_cka(protocol: CKAProtocol, prepared: Prepared, seen: Seen) -> Outcome:
     """Mean CKA of groups of pairs (the first one is the headline), and both matrices."""
-    names, count = prepared.names, len(features[0])
+    features, names, count = seen.arrays, prepared.names, len(seen.labels)
     refuse_constant(features, names)
     exact = linear_cka(features)
     estimated = minibatch_cka(features, protocol.minibatch, protocol.passes, protocol.seed)
@@ -175,7 +145,9 @@ def measure_cka(protocol: CKAProtocol, prepared: Prepared, features: list[Floats
     return Outcome(
         metrics=metrics,
         values={"names": names, "exact": rounded(exact), "minibatch": rounded(estimated)},
-        draw=lambda path, subject: draw_cka(path, exact, names, f"Linear CKA between {between}\n{subject}"),
+        draw=lambda path, subject: draw_pairs(
+            path, exact, names, f"Linear CKA between {between}\n{subject}", "linear CKA", (0, 1)
+        ),
         details={"between": between, "estimators_max_abs_difference": float(np.abs(exact - estimated).max())},
     )
 
@@ -195,11 +167,6 @@ def _groups(names: Sequence[str]) -> dict[str, tuple[list[int], list[int] | None
         "cka_global_auxiliary": ([0], places[1:]),
     }
     return {group: (rows, columns) for group, (rows, columns) in groups.items() if columns is not None or len(rows) > 1}
-
-
-def _borders(names: Sequence[str]) -> list[float]:
-    sizes = [len(list(group)) for _, group in groupby(names, key=lambda name: re.sub(r"[\s_]*\d+$", "", name))]
-    return [float(edge) - 0.5 for edge in np.cumsum(sizes)[:-1]]
 
 
 def _centre(x: Floats) -> Floats:

@@ -20,7 +20,8 @@ from downstream.commands import (
     Workers,
 )
 
-Count = Annotated[int | None, typer.Option(min=4, help="Val images to measure on (default: the protocol's, 2000).")]
+Count = Annotated[int | None, typer.Option(min=4, help="Val images to measure on (default: the protocol's).")]
+Bank = Annotated[int | None, typer.Option(min=4, help="Train images to look up in (default: the protocol's, 50000).")]
 Images = Annotated[int, typer.Option(min=1, help="Images in the picture.")]
 Protocol = Annotated[str, typer.Option(help="Name of a protocol (mte-bench list protocols) or a YAML file.")]
 Between = Annotated[
@@ -28,7 +29,7 @@ Between = Annotated[
     typer.Option(help="What to compare (default: tokens where there are auxiliary ones, else layers)."),
 ]
 
-analyze = typer.Typer(help="Look into an encoder: CKA of its tokens, pooling maps, CLS attention.", no_args_is_help=True)
+analyze = typer.Typer(help="Look into an encoder: its tokens, layers, attention and pooling maps.", no_args_is_help=True)
 
 
 @analyze.command()
@@ -109,12 +110,71 @@ def attention(
     return _study(ATTENTION, **options)
 
 
+@analyze.command(name="per-class")
+def per_class(
+    checkpoint: Checkpoint,
+    data: Source,
+    out: Out = None,
+    count: Count = None,
+    bank: Bank = None,
+    protocol: Protocol = "per-class",
+    set_: Set = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    allow_corrupt: AllowCorrupt = 0,
+    allow_partial: AllowPartial = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+) -> Any:
+    """Which token knows which class: k-NN accuracy of each token, class by class."""
+    options = dict(locals())
+    from downstream.analysis.per_class import PER_CLASS
+
+    return _study(PER_CLASS, **options)
+
+
+@analyze.command()
+def pairs(
+    checkpoint: Checkpoint,
+    data: Source,
+    out: Out = None,
+    count: Count = None,
+    bank: Bank = None,
+    protocol: Protocol = "pairs",
+    set_: Set = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    allow_corrupt: AllowCorrupt = 0,
+    allow_partial: AllowPartial = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+) -> Any:
+    """What two tokens know together: k-NN accuracy of each pair against its better half."""
+    options = dict(locals())
+    from downstream.analysis.pairs import PAIRS
+
+    return _study(PAIRS, **options)
+
+
 def _study(
-    analysis: Any, *, set_: list[str] | None, count: int | None, between: str | None = None, images: int = 0, **options: Any
+    analysis: Any,
+    *,
+    set_: list[str] | None,
+    count: int | None,
+    bank: int | None = None,
+    between: str | None = None,
+    images: int = 0,
+    **options: Any,
 ) -> Any:
     from downstream.analysis.study import study
     from downstream.evaluate import Request
 
-    given = {"count": count, "between": between}
+    given = {"count": count, "bank": bank, "between": between}
     assignments = [*(set_ or ()), *(f"{key}={value}" for key, value in given.items() if value is not None)]
     return study(analysis, Request(set=tuple(assignments), **options), images)

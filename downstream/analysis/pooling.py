@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from downstream.analysis.maps import draw_maps
-from downstream.analysis.study import Analysis, AnalysisProtocol, Gallery, Outcome, Prepared, mean_over_images, rounded
+from downstream.analysis.study import Analysis, AnalysisProtocol, Outcome, Prepared, Seen, mean_over_images, rounded
 from mte_bench.encoders.checkpoint import Checkpoint
 from mte_bench.encoders.tokens import MultiToken
 from mte_bench.errors import UserError
@@ -67,14 +67,14 @@ def prepare_pooling(protocol: AnalysisProtocol, checkpoint: Checkpoint) -> Prepa
     return Prepared(model, maps, tuple(name for name in model.names if name.startswith("pooled")))
 
 
-def measure_pooling(protocol: AnalysisProtocol, prepared: Prepared, computed: list[Floats], gallery: Gallery) -> Outcome:
+def measure_pooling(protocol: AnalysisProtocol, prepared: Prepared, seen: Seen) -> Outcome:
     """How alike the tokens' maps of an image are (1: one token several times), and how uneven each is.
 
     Zero padding darkens the border of every map alike. ``map_correlation_centred`` is of what remains of the maps
     without each token's mean map over the images: of what depends on the image.
     """
     assert isinstance(prepared.model, MultiToken)
-    (maps,), names = computed, prepared.names
+    (maps,), names, gallery = seen.arrays, prepared.names, seen.gallery
     correlation, kernels, shown = map_correlation(maps), pooling_kernels(prepared.model), maps[gallery.rows]
     metrics = {"map_variation": mean_over_images(map_variation(maps).mean(axis=1))}
     if len(names) > 1:

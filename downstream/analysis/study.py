@@ -23,6 +23,7 @@ from downstream.evaluate import (
     output_folder,
     pass_of,
     refuse_clash,
+    require_labels,
     settings_of,
     slug,
 )
@@ -36,7 +37,7 @@ from mte_bench.data.transforms import EvaluationTransform
 from mte_bench.device import autocast, peak_memory
 from mte_bench.encoders.checkpoint import Checkpoint, open_checkpoint
 from mte_bench.errors import UserError
-from mte_bench.files import write_json
+from mte_bench.files import hash_of, write_json
 from mte_bench.records import Cost, Data, Metric, Record, make_record
 from mte_bench.statistics import bootstrap_ci
 
@@ -48,6 +49,13 @@ class AnalysisProtocol(ImageProtocol):
 
     count: int = Field(ge=4)
     """Images of the val split to measure on: always the same ones, balanced over the classes; all if there are fewer."""
+
+
+class LookupProtocol(AnalysisProtocol):
+    """Settings of analyses that compare val images with train images."""
+
+    bank: int = Field(ge=4)
+    """Images of the train split to look up in, chosen like ``count``."""
 
 
 A = TypeVar("A", bound=AnalysisProtocol)
@@ -74,6 +82,26 @@ class Gallery(NamedTuple):
     """``i h w 3`` in [0, 1]: what the encoder saw."""
 
 
+class Bank(NamedTuple):
+    """What was computed of train images."""
+
+    arrays: list[Floats]
+    labels: NDArray[np.int64]
+
+
+class Seen(NamedTuple):
+    """What was computed of the val images."""
+
+    arrays: list[Floats]
+    """Each ``n ...``."""
+    labels: NDArray[np.int64]
+    """``n``, indices of ``classes``; -1 for none."""
+    classes: tuple[str, ...]
+    gallery: Gallery
+    bank: Bank | None = None
+    """Of analyses that look up in the train split."""
+
+
 class Outcome(NamedTuple):
     """What an analysis found."""
 
@@ -92,8 +120,10 @@ class Analysis(NamedTuple, Generic[A]):
     protocol: type[A]
     prepare: Callable[[A, Checkpoint], Prepared]
     """Raises ``UserError`` for a checkpoint that the analysis is not for."""
-    measure: Callable[[A, Prepared, list[Floats], Gallery], Outcome]
-    """From what was computed of all n images (arrays ``n ...``)."""
+    measure: Callable[[A, Prepared, Seen], Outcome]
+    """Numbers and a picture of what was computed of all images."""
+    labelled: bool = False
+    """Whether every image must have a label."""
 
 
 def study(analysis: Analysis[A], request: Request, shown: int) -> Record | None:
@@ -104,8 +134,10 @@ def study(analysis: Analysis[A], request: Request, shown: int) -> Record | None:
     began = time.monotonic()
     name, protocol = load_protocol(analysis, request.protocol, request.set)
     how = pass_of(request)
-    images = open_split(request, "val")
-    images = take(images, "images", protocol.count) if protocol.count < len(images) else images
+    images = _some(open_split(request, "val"), protocol.count)
+    bank = _some(open_split(request, "train"), protocol.bank) if isinstance(protocol, LookupProtocol) else None
+    if analysis.labelled:
+        require_labels(*([images] if bank is None else [bank, images]))
     checkpoint = open_checkpoint(request.checkpoint, allow_partial=request.allow_partial, image_size=protocol.image_size)
     transform = evaluation_transform(checkpoint, protocol)
     folder = output_folder(request, analysis.name, name, protocol, checkpoint)
@@ -113,15 +145,19 @@ def study(analysis: Analysis[A], request: Request, shown: int) -> Record | None:
     prepared.model.eval().to(how.device)
     if request.dry_run:
         resolved = {"task": analysis.name, "protocol": name, "settings": settings_of(protocol), "out": str(folder)}
-        show_plan(resolved | _plan(prepared, images, transform, how, checkpoint), request.json)
+        show_plan(resolved | _plan(prepared, images, bank, transform, how, checkpoint), request.json)
         return None
-    refuse_clash(folder, checkpoint.subject, images.source, images.fingerprint)
+    fingerprint = images.fingerprint if bank is None else hash_of([bank.fingerprint, images.fingerprint])
+    refuse_clash(folder, checkpoint.subject, images.source, fingerprint)
 
     pass_began = time.monotonic()
-    arrays, kept, corrupt = _collect(prepared, images, transform, how)
+    counted = {"val": images} if bank is None else {"train": bank, "val": images}
+    passes = {split: _collect(prepared, each, transform, how) for split, each in counted.items()}
     seconds = time.monotonic() - pass_began
+    arrays, kept, _ = passes["val"]
     gallery = _gallery(images, kept, transform, shown)
-    outcome = analysis.measure(protocol, prepared, arrays, gallery)
+    looked_up = None if bank is None else Bank(passes["train"][0], bank.labels[passes["train"][1]])
+    outcome = analysis.measure(protocol, prepared, Seen(arrays, images.labels[kept], images.classes, gallery, looked_up))
     files = {"picture": f"{analysis.name}.png", "values": f"{analysis.name}.json"}
     outcome.draw(folder / files["picture"], _title(checkpoint, images, len(kept)))
     write_json(folder / files["values"], outcome.values)
@@ -132,16 +168,16 @@ def study(analysis: Analysis[A], request: Request, shown: int) -> Record | None:
         data=Data(
             source=images.source,
             split="val",
-            images={"val": len(kept)},
+            images={split: len(found) for split, (_, found, _) in passes.items()},
             classes=len(images.classes) or None,
-            fingerprint=images.fingerprint,
+            fingerprint=fingerprint,
             subset=images.subset,
-            corrupt=corrupt,
+            corrupt=[name for _, _, lost in passes.values() for name in lost],
         ),
         metrics=outcome.metrics,
         cost=Cost(
             seconds=round(time.monotonic() - began, 3),
-            images_per_second=round(len(images) / seconds, 1),
+            images_per_second=round(sum(map(len, counted.values())) / seconds, 1),
             peak_memory_bytes=peak_memory(how.device),
         ),
         files=files,
@@ -169,6 +205,10 @@ def rounded(values: Floats, digits: int = 5) -> Any:
     if values.ndim:
         return [rounded(part, digits) for part in values]
     return float(f"{float(values):.{digits}g}")
+
+
+def _some(images: ImageSet, count: int) -> ImageSet:
+    return take(images, "images", count) if count < len(images) else images
 
 
 def _compute(prepared: Prepared, batch: Tensor, how: Pass) -> list[Floats]:
@@ -234,8 +274,15 @@ def _show(record: Record, as_json: bool) -> None:
 
 
 def _plan(
-    prepared: Prepared, images: ImageSet, transform: EvaluationTransform, how: Pass, checkpoint: Checkpoint
+    prepared: Prepared,
+    images: ImageSet,
+    bank: ImageSet | None,
+    transform: EvaluationTransform,
+    how: Pass,
+    checkpoint: Checkpoint,
 ) -> dict[str, Any]:
+    counts = ({} if bank is None else {"train": len(bank)}) | {"val": len(images)}
+    total = sum(counts.values())
     batch = torch.stack([transform(images.image(0))] * min(how.batch_size, len(images), 16))
     decode = seconds_of(lambda: transform(images.image(0)))
     encode = seconds_of(lambda: _compute(prepared, batch, how)) / len(batch)
@@ -243,9 +290,9 @@ def _plan(
     return {
         "encoder": f"{checkpoint.subject.checkpoint} ({checkpoint.subject.arch}, {checkpoint.encoder.spec.image_size} px)",
         "data": images.source,
-        "images": {"val": len(images)},
+        "images": counts,
         "transform": transform.model_dump(mode="json"),
         "compared": ", ".join(prepared.names),
-        "pass_seconds": round(len(images) * max(encode, decode / max(how.workers, 1)), 1),
-        "pass_memory_bytes": len(images) * bytes_per_image,
+        "pass_seconds": round(total * max(encode, decode / max(how.workers, 1)), 1),
+        "pass_memory_bytes": total * bytes_per_image,
     }
