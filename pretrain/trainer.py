@@ -311,12 +311,23 @@ class Trainer:
         if self.method.labelled:
             save_classifier(self.out / "classifier.safetensors", branch.head, self.images.classes, metadata)
         if branch.auxiliary is not None:
+            self._lend_statistics(branch)
             heads = {"global": branch.head, "tail": branch.tail, "fusion": branch.fusion}
             if branch.heads is not None:
                 heads["auxiliary"] = branch.heads
             if branch.fused_tails:
                 heads["fused_tails"] = branch.fused_tails
             save_auxiliary(self.out / "auxiliary.safetensors", branch.auxiliary, heads, metadata)
+
+    def _lend_statistics(self, branch: mte.Branch) -> None:
+        """Give batch normalisations that ``branch`` never passes (a teacher's for the global token) the student's statistics."""
+        own = dict(self.student.named_modules())
+        for name, module in branch.named_modules():
+            if isinstance(module, nn.BatchNorm1d) and not module.num_batches_tracked:
+                lender = own[name]
+                assert isinstance(lender, nn.BatchNorm1d)
+                for key in ("running_mean", "running_var"):
+                    getattr(module, key).copy_(getattr(lender, key))
 
     def _record(self) -> records.Record:
         """The run's own record: cost and the last loss."""

@@ -162,6 +162,31 @@ def pairs(
     return _study(PAIRS, **options)
 
 
+@analyze.command(name="pseudo-labels")
+def pseudo_labels(
+    checkpoint: Checkpoint,
+    data: Source,
+    out: Out = None,
+    count: Count = None,
+    protocol: Protocol = "pseudo-labels",
+    set_: Set = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    allow_corrupt: AllowCorrupt = 0,
+    allow_partial: AllowPartial = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+) -> Any:
+    """How well the prototypes that tokens choose agree with the classes: NMI, ARI, matched accuracy."""
+    options = dict(locals())
+    from downstream.analysis.pseudo_labels import PSEUDO_LABELS
+
+    return _study(PSEUDO_LABELS, **options)
+
+
 def _study(
     analysis: Any,
     *,

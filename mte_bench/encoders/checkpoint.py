@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from mte_bench.encoders.encoder import Encoder, EncoderSpec, build_encoder, fresh_encoder
 from mte_bench.encoders.families import METHODS, Found, first_few, read_foreign
-from mte_bench.encoders.tokens import AuxiliarySettings, AuxiliaryTokens, MultiToken
+from mte_bench.encoders.heads import Prototypes, StackedMLP
+from mte_bench.encoders.tokens import AuxiliarySettings, AuxiliaryTokens, MultiToken, TokenHeads
 from mte_bench.encoders.weight_files import read_metadata, read_pickle, read_safetensors, write_safetensors
 from mte_bench.errors import UserError
 from mte_bench.records import Subject
@@ -70,12 +71,7 @@ class Checkpoint:
         """The encoder with the auxiliary tokens that it was pre-trained with; None if there were none."""
         if self.auxiliary is None:
             return None
-        tensors, metadata = read_safetensors(self.auxiliary)
-        if metadata.get("format") != AUXILIARY_FORMAT:
-            raise UserError(f"{self.auxiliary}: format {metadata.get('format')}, this version reads {AUXILIARY_FORMAT}")
-        for key in ("recipe_hash", "seed", "epoch"):
-            if metadata.get(key) != self.metadata.get(key):
-                raise UserError(f"{self.auxiliary}: is of another {key} than the encoder beside it; let `pretrain` finish")
+        tensors, metadata = self._read_auxiliary(self.auxiliary)
         settings = AuxiliarySettings.check(json.loads(metadata["settings"]), str(self.auxiliary))
         tokens = AuxiliaryTokens(self.encoder, settings)
         own = {name.removeprefix("tokens."): tensor for name, tensor in tensors.items() if name.startswith("tokens.")}
@@ -84,6 +80,38 @@ class Checkpoint:
         except RuntimeError as error:
             raise UserError(f"{self.auxiliary}: does not fit its own settings ({' '.join(str(error).split())[:200]})") from error
         return MultiToken(self.encoder, tokens).eval()
+
+    def token_heads(self) -> TokenHeads | None:
+        """The heads of all tokens and their prototypes; None where there are no auxiliary tokens or no prototypes.
+
+        Raises ``UserError`` for prototypes that tokens do not share (``mte.tails=each``): they name different things.
+        """
+        if self.auxiliary is None:
+            return None
+        tensors, _ = self._read_auxiliary(self.auxiliary)
+
+        def of(part: str) -> dict[str, Tensor]:
+            start = f"heads.{part}."
+            return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+        tail, own = of("tail"), of("auxiliary")
+        if set(tail) != {"weight_g", "weight_v"}:
+            return None
+        if of("fused_tails"):
+            raise UserError(f"{self.auxiliary}: its tokens do not share their prototypes (mte.tails)")
+        prototypes = Prototypes(tail["weight_v"].shape[1], len(tail["weight_v"]), frozen_norm=False)
+        prototypes.load_state_dict(tail)
+        shared = StackedMLP.like(of("global"), "gelu")
+        return TokenHeads(shared, StackedMLP.like(own, "gelu") if own else shared, prototypes).eval()
+
+    def _read_auxiliary(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        tensors, metadata = read_safetensors(path)
+        if metadata.get("format") != AUXILIARY_FORMAT:
+            raise UserError(f"{path}: format {metadata.get('format')}, this version reads {AUXILIARY_FORMAT}")
+        for key in ("recipe_hash", "seed", "epoch"):
+            if metadata.get(key) != self.metadata.get(key):
+                raise UserError(f"{path}: is of another {key} than the encoder beside it; let `pretrain` finish")
+        return tensors, metadata
 
 
 def open_checkpoint(text: str, *, allow_partial: bool = False, image_size: int | None = None) -> Checkpoint:

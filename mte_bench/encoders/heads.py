@@ -1,7 +1,7 @@
 """Projection heads. Independent heads of several tokens are one module with stacked weights, computed as batched products."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, cast
 
@@ -97,6 +97,22 @@ class StackedMLP(nn.Module):
             nn.init.uniform_(layer.weight, -bound, bound)
             if layer.bias is not None:
                 nn.init.uniform_(layer.bias, -bound, bound)
+
+    @classmethod
+    def like(cls, weights: Mapping[str, Tensor], activation: Literal["gelu", "relu"]) -> "StackedMLP":
+        """The MLP whose ``state_dict`` is ``weights``; only the activation does not show in it."""
+        count = sum(name.endswith(".weight") and name.startswith("layers.") for name in weights)
+        shapes = [weights[f"layers.{index}.weight"].shape for index in range(count)]
+        mlp = cls(
+            shapes[0][0],
+            [shapes[0][2], *(shape[1] for shape in shapes)],
+            batch_norm="norms.0.weight" in weights,
+            activation=activation,
+            bias=[f"layers.{index}.bias" in weights for index in range(count)],
+            last_norm="last_norm.running_mean" in weights,
+        )
+        mlp.load_state_dict(weights)
+        return mlp
 
     def forward(self, x: Tensor) -> Tensor:
         """``copies b in`` to ``copies b out``."""

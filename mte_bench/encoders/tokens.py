@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mte_bench.encoders.attention import Sight
 from mte_bench.encoders.correlation import weighted_pooling
 from mte_bench.encoders.encoder import Encoder, Tokens
+from mte_bench.encoders.heads import Prototypes, StackedMLP
 from mte_bench.encoders.token_learner import TokenLearner
 from mte_bench.errors import UserError
 from mte_bench.settings import Settings
@@ -247,3 +248,23 @@ class MultiToken(nn.Module):
         tokens = self.auxiliary.encoder_tokens(self.encoder, images)
         patches = self.auxiliary.pooled_from(tokens)
         return self.auxiliary.pool.weights(patches.transpose(1, 2).unflatten(2, tokens.grid)).abs().mean(2)
+
+
+class TokenHeads(nn.Module):
+    """The projection heads of the global and the auxiliary tokens, and the prototypes that they share (DINO, iBOT, HSSL)."""
+
+    def __init__(self, of_global: StackedMLP, of_auxiliary: StackedMLP, prototypes: Prototypes):
+        super().__init__()
+        self.of_global, self.of_auxiliary, self.prototypes = of_global, of_auxiliary, prototypes
+
+    def forward(self, global_token: Tensor, auxiliary: Tensor) -> Tensor:
+        """The projections ``b 1+t d`` of the global token (``b c``) and of the auxiliary ones (``b t c``)."""
+        b, t, _ = auxiliary.shape
+        stacked = auxiliary.transpose(0, 1)
+        independent = self.of_auxiliary.copies == t
+        projected = self.of_auxiliary(stacked if independent else stacked.reshape(1, t * b, -1)).view(t, b, -1)
+        return torch.cat([self.of_global(global_token.unsqueeze(0)), projected]).transpose(0, 1)
+
+    def assign(self, projections: Tensor) -> Tensor:
+        """Each image's prototype: ``b d`` to ``b``, the highest score."""
+        return self.prototypes(projections).argmax(1)
