@@ -74,6 +74,63 @@ def linear(
     return _evaluate(LINEAR, **options)
 
 
+def retrieval(
+    checkpoint: Checkpoint,
+    data: Source,
+    others: Others = None,
+    out: Out = None,
+    protocol: Annotated[str, typer.Option(help="Name of a protocol (mte-bench list protocols) or a YAML file.")] = "retrieval",
+    set_: Set = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    cache: Cache = None,
+    allow_corrupt: AllowCorrupt = 0,
+    allow_partial: AllowPartial = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+) -> Any:
+    """Do an encoder's nearest images show the same class? Recall, mean average precision, and a picture of neighbours."""
+    options = dict(locals())
+    from downstream.retrieval import RETRIEVAL
+
+    return _evaluate(RETRIEVAL, **options)
+
+
+def run(
+    suite: Annotated[str, typer.Argument(metavar="SUITE", help="A YAML file, or a name (mte-bench list suites).")],
+    checkpoints: Annotated[list[str] | None, typer.Argument(metavar="[CKPT]...", help="In place of the suite's own.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="SOURCE", help="In place of the suite's own.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of all records (default: runs/SUITE).")] = None,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Submit to SLURM instead: workers=8, partition=gpu, timeout_min=120 ..."),
+    ] = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    cache: Cache = None,
+    allow_corrupt: AllowCorrupt = 0,
+    allow_partial: AllowPartial = False,
+    json: Annotated[bool, typer.Option("--json", help="Print every cell with its record as JSON on stdout.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells, what is done and estimates.")] = False,
+    smoke: Smoke = False,
+) -> None:
+    """Evaluate many checkpoints on many tasks: each pair once, features shared, one table.
+
+    The same command again does what is not done yet; several at once, also under torchrun or on several machines that
+    share DIR, divide the work. The exit code is 1 if something failed.
+    """
+    options = dict(locals())
+    from downstream.suites.run import run_suite
+
+    if run_suite(**options):
+        raise typer.Exit(1)
+
+
 def _evaluate(task: Any, *, set_: list[str] | None, others: list[str] | None, **options: Any) -> Any:
     from downstream.evaluate import Request, evaluate
 

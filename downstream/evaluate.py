@@ -1,8 +1,8 @@
 """What all evaluations share: from a checkpoint, a source and a protocol to a record with its predictions.
 
 A task is a class of settings, whose values its protocol files state, and a function from the features of two splits to
-predictions. ``evaluate`` does the rest: it resolves what was asked, extracts the features, puts intervals to the numbers
-and writes the output folder, ``record.json`` last.
+predictions. The rest is done here: ``prepare`` resolves what was asked, and its job extracts the features, puts intervals
+to the numbers and writes the output folder, ``record.json`` last.
 """
 
 import json
@@ -19,15 +19,16 @@ import torch
 from numpy.typing import NDArray
 
 from downstream.features import Features, Pass, extract
+from downstream.job import Job, Opened, Wanted
 from downstream.plan import Part, plan, show_plan
 from downstream.task import I_co, ImageProtocol, P, Split, Task, WithProtocol
 from mte_bench import records
 from mte_bench.console import log, show_json, show_table
-from mte_bench.data.sources import SPLITS, ImageSet, open_source, parse_source, require_classes, take
+from mte_bench.data.sources import SPLITS, ImageSet, Subset, parse_source, require_classes
 from mte_bench.data.sources import Split as SplitName
 from mte_bench.data.transforms import EvaluationTransform
 from mte_bench.device import peak_memory, pick_device, pick_precision
-from mte_bench.encoders.checkpoint import Checkpoint, open_checkpoint
+from mte_bench.encoders.checkpoint import Checkpoint
 from mte_bench.errors import UserError, did_you_mean
 from mte_bench.files import atomic, hash_of
 from mte_bench.knn_vote import normalise
@@ -79,67 +80,98 @@ def evaluate(task: Task[P], request: Request) -> Record | None:
 
     Raises ``UserError`` for everything that the user can mend.
     """
-    began = time.monotonic()
+    job = prepare(task, request, Opened())
+    if request.dry_run:
+        show_plan(job.plan(), request.json)
+        return None
+    record = job.run()
+    show_result(record, request.json)
+    for file in record.files:
+        log(f"{file}: {job.folder / record.files[file]}")
+    log(f"record: {job.folder / records.RECORD_NAME}")
+    return record
+
+
+def prepare(task: Task[P], request: Request, opened: Opened) -> Job:
+    """What ``request`` asks of ``task``, ready to be done. Raises ``UserError`` as ``evaluate`` does; writes nothing."""
     name, protocol = load_protocol(task, request.protocol, request.set)
     protocol = protocol.for_smoke() if request.smoke else protocol
     how = pass_of(request)
-    train, val = (open_split(request, split) for split in SPLITS)
+    train, val = (open_split(request, split, opened) for split in SPLITS)
     require_labels(train, val)
     parts = []
     for text in (request.checkpoint, *request.others):
-        checkpoint = open_checkpoint(text, allow_partial=request.allow_partial, image_size=protocol.image_size)
+        checkpoint = opened.checkpoint(text, allow_partial=request.allow_partial, image_size=protocol.image_size)
         parts.append(Part(checkpoint, evaluation_transform(checkpoint, protocol)))
-    subject = Subject.ensemble([part.checkpoint.subject for part in parts])
     folder = output_folder(request, task.name, name, protocol, parts[0].checkpoint)
-    if request.dry_run:
-        resolved = {"task": task.name, "protocol": name, "settings": settings_of(protocol), "out": str(folder)}
-        show_plan(resolved | plan(task, protocol, parts, train, val, how), request.json)
-        return None
+    stated = records.Protocol(name=name, version=protocol.version, settings=settings_of(protocol))
+    subject = Subject.ensemble([part.checkpoint.subject for part in parts])
     fingerprint = hash_of([train.fingerprint, val.fingerprint])
-    refuse_clash(folder, subject, val.source, fingerprint)
 
-    found = [_features(part, train, val, protocol, how) for part in parts]
-    kept = [features.kept for features in found[0]]
-    bank, asked = (
-        Split(joined([both[split].arrays[protocol.feature] for both in found]), images.labels[kept[split]], images.classes)
-        for split, images in enumerate((train, val))
-    )
-    outcome = task.evaluate(protocol, bank, asked, how.device)
-    predictions = {metric: result.predicted for metric, result in outcome.metrics.items()}
-    write_predictions(folder, [val.name(int(index)) for index in kept[1]], asked.labels, train.classes, predictions)
-    record = make_record(
-        task=task.name,
-        protocol=records.Protocol(name=name, version=protocol.version, settings=settings_of(protocol)),
-        subject=subject,
-        data=Data(
-            source=val.source,
-            split="val",
-            images={"train": len(bank.labels), "val": len(asked.labels)},
-            classes=len(train.classes),
-            fingerprint=fingerprint,
-            subset=val.subset,
-            corrupt=[name for features in found[0] for name in features.corrupt],
-        ),
-        metrics={metric: percentage(result.correct) for metric, result in outcome.metrics.items()},
-        cost=_cost(began, [features for both in found for features in both], how.device),
-        predictions=records.PREDICTIONS_NAME,
-        details={
-            **outcome.details,
-            "transform": _single([part.transform.model_dump(mode="json") for part in parts]),
-            "precision": str(how.precision).removeprefix("torch."),
-            "features_cached": _single([[features.cached for features in both] for both in found]),
-            "data_wait": _single([[round(features.waiting, 3) for features in both] for both in found]),
-        },
-    )
-    path = records.write_record(folder, record)
-    show_result(record, request.json)
-    log(f"record: {path}")
-    return record
+    def planned() -> dict[str, Any]:
+        resolved = {"task": task.name, "protocol": name, "settings": stated.settings, "out": str(folder)}
+        return resolved | plan(task, protocol, parts, train, val, how)
+
+    def run() -> Record:
+        began = time.monotonic()
+        refuse_clash(folder, subject, val.source, fingerprint)
+        found = [_features(part, train, val, protocol, how) for part in parts]
+        kept = [_kept(images, features) for images, features in zip((train, val), found[0], strict=True)]
+        bank, asked = (
+            Split(joined([both[split].arrays[protocol.feature] for both in found]), images.labels, images.classes, images)
+            for split, images in enumerate(kept)
+        )
+        outcome = task.evaluate(protocol, bank, asked, how.device)
+        predictions = {f"prediction:{metric}": result.predicted for metric, result in outcome.metrics.items()}
+        write_predictions(folder, kept[1], predictions | dict(outcome.columns))
+        files = {}
+        if outcome.draw is not None:
+            files["picture"] = f"{task.name}.png"
+            title = subject_title(subject, val.source, len(asked.labels))
+            outcome.draw(folder / files["picture"], parts[0].transform, title)
+        record = make_record(
+            task=task.name,
+            protocol=stated,
+            subject=subject,
+            data=Data(
+                source=val.source,
+                split="val",
+                images={"train": len(bank.labels), "val": len(asked.labels)},
+                classes=len(train.classes),
+                fingerprint=fingerprint,
+                subset=val.subset,
+                corrupt=[name for features in found[0] for name in features.corrupt],
+            ),
+            metrics={
+                **{metric: percentage(values) for metric, values in outcome.scores.items()},
+                **{metric: percentage(result.correct) for metric, result in outcome.metrics.items()},
+            },
+            cost=_cost(began, [features for both in found for features in both], how.device),
+            predictions=records.PREDICTIONS_NAME,
+            files=files,
+            details={
+                **outcome.details,
+                "transform": _single([part.transform.model_dump(mode="json") for part in parts]),
+                "precision": precision_name(how),
+                "features_cached": _single([[features.cached for features in both] for both in found]),
+                "data_wait": _single([[round(features.waiting, 3) for features in both] for both in found]),
+            },
+        )
+        records.write_record(folder, record)
+        return record
+
+    wanted = tuple(Wanted(part, images, (protocol.feature,)) for part in parts for images in (train, val))
+    return Job(task.name, stated, subject, fingerprint, precision_name(how), folder, wanted, planned, run)
 
 
 def _features(part: Part, train: ImageSet, val: ImageSet, protocol: P, how: Pass) -> list[Features]:
     encoder, weights = part.checkpoint.encoder, part.checkpoint.sha256
     return [extract(encoder, weights, images, part.transform, (protocol.feature,), how) for images in (train, val)]
+
+
+def _kept(images: ImageSet, features: Features) -> ImageSet:
+    """The images that have features."""
+    return Subset(images, features.kept, "decodable") if features.corrupt else images
 
 
 def joined(features: Sequence[NDArray[np.floating]]) -> NDArray[np.floating]:
@@ -157,28 +189,24 @@ def _single(values: list[Any]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def percentage(correct: NDArray[np.bool_]) -> Metric:
-    """The share of images (``n``) that are right, in percent, with its interval."""
-    low, high = bootstrap_ci(correct)
-    return Metric(value=100 * float(correct.mean()), ci95=(100 * low, 100 * high), n=len(correct))
+def percentage(values: NDArray[Any]) -> Metric:
+    """The mean of ``values`` (``n``, right or wrong, or from 0 to 1) in percent, with its interval over images."""
+    low, high = bootstrap_ci(values)
+    return Metric(value=100 * float(values.mean()), ci95=(100 * low, 100 * high), n=len(values))
 
 
-def write_predictions(
-    folder: Path,
-    names: list[str],
-    labels: NDArray[np.int64],
-    classes: tuple[str, ...],
-    predictions: dict[str, NDArray[np.int64]],
-) -> None:
-    """Write ``predictions.parquet``: a row per image with name, label and a column ``prediction:<metric>`` for each metric.
+def write_predictions(folder: Path, images: ImageSet, columns: dict[str, Any]) -> None:
+    """Write ``predictions.parquet``: a row per image with name, label and the task's ``columns``.
 
-    A prediction counts as right where it equals the label; -1 is no class. The file's metadata holds the class names.
+    A prediction (column ``prediction:<metric>``) counts as right where it equals the label; -1 is no class. The file's
+    metadata holds the class names.
     """
     import pyarrow
     import pyarrow.parquet
 
-    columns = {"name": names, "label": labels} | {f"prediction:{metric}": values for metric, values in predictions.items()}
-    table = pyarrow.table(columns).replace_schema_metadata({"classes": json.dumps(classes, ensure_ascii=False)})
+    named = {"name": [images.name(index) for index in range(len(images))], "label": images.labels}
+    classes = json.dumps(images.classes, ensure_ascii=False)
+    table = pyarrow.table(named | columns).replace_schema_metadata({"classes": classes})
     with atomic(folder / records.PREDICTIONS_NAME) as temporary:
         pyarrow.parquet.write_table(table, temporary)
 
@@ -211,10 +239,9 @@ def pass_of(request: Request) -> Pass:
     )
 
 
-def open_split(request: Request, split: SplitName) -> ImageSet:
+def open_split(request: Request, split: SplitName, opened: Opened) -> ImageSet:
     """The images of one split, for a smoke run two batches of them."""
-    images = open_source(request.data, split)
-    return take(images, "images", SMOKE_BATCHES * (request.batch_size or BATCH)) if request.smoke else images
+    return opened.split(request.data, split, SMOKE_BATCHES * (request.batch_size or BATCH) if request.smoke else None)
 
 
 def require_labels(*splits: ImageSet) -> None:
@@ -250,11 +277,16 @@ def output_folder(request: Request, task: str, name: str, protocol: ImageProtoco
         base = Path("runs") / f"{'+'.join(map(slug, texts))[:100]}-{hash_of(texts)[:6]}"
     else:
         base = checkpoint.folder / "evaluations" if checkpoint.folder else Path("runs") / slug(request.checkpoint)
-    source = parse_source(request.data)
-    data = "-".join([Path(source.path).name or source.kind, *(f"{key}{value}" for key, value in sorted(source.options.items()))])
-    parts = [name if name.startswith(task) else f"{task}-{name}", slug(data)]
+    parts = [name if name.startswith(task) else f"{task}-{name}", data_name(request.data)]
     parts += [protocol.hash[:6]] * bool(request.set) + ["smoke"] * request.smoke
     return base / "-".join(parts)
+
+
+def data_name(source: str) -> str:
+    """A source as part of a file name."""
+    parsed = parse_source(source)
+    options = (f"{key}{value}" for key, value in sorted(parsed.options.items()))
+    return slug("-".join([Path(parsed.path).name or parsed.kind, *options]))
 
 
 def slug(text: str) -> str:
@@ -286,6 +318,18 @@ def _cost(began: float, found: list[Features], device: torch.device) -> Cost:
         images_per_second=round(images / seconds, 1) if seconds else None,
         peak_memory_bytes=peak_memory(device),
     )
+
+
+def precision_name(how: Pass) -> str:
+    """The encoder's precision as records state it."""
+    return str(how.precision).removeprefix("torch.")
+
+
+def subject_title(subject: Subject, source: str, count: int) -> str:
+    """Encoder, number of images and data in one line, for a picture."""
+    parsed = parse_source(source)
+    data, name = Path(parsed.path).name or parsed.kind, slug(subject.checkpoint)
+    return f"{name}{'' if subject.arch in name else f' ({subject.arch})'}, {count:,} images of {data}"
 
 
 def settings_of(protocol: ImageProtocol) -> dict[str, Any]:

@@ -1,13 +1,20 @@
 """What an evaluation on features is: settings, and a function from the features of two splits to predictions."""
 
-from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mte_bench.data.sources import ImageSet
+from mte_bench.data.transforms import EvaluationTransform
 from mte_bench.settings import Settings
+
+if TYPE_CHECKING:
+    from downstream.evaluate import Request
+    from downstream.job import Job, Opened
 
 TOP = 5
 
@@ -60,6 +67,8 @@ class Split(NamedTuple):
     """``n``, indices of ``classes``."""
     classes: tuple[str, ...]
     """The same for train and val."""
+    images: ImageSet | None = None
+    """One for each row, where the task shows or names them."""
 
 
 class Predictions(NamedTuple):
@@ -79,6 +88,12 @@ class Outcome(NamedTuple):
 
     metrics: dict[str, Predictions]
     details: dict[str, Any]
+    scores: Mapping[str, NDArray[np.floating]] = {}
+    """Metrics that are means over the val images: ``n`` values from 0 to 1 each."""
+    columns: Mapping[str, Any] = {}
+    """What else belongs beside the predictions: a value or a list for each of ``n`` val images."""
+    draw: Callable[[Path, EvaluationTransform, str], None] | None = None
+    """Draws the task's picture at this path: images as the encoder saw them, and a title that names encoder and data."""
 
 
 class TaskEstimate(NamedTuple):
@@ -98,6 +113,17 @@ class Task(NamedTuple, Generic[P]):
     evaluate: Callable[[P, Split, Split, torch.device], Outcome]
     estimate: Callable[[P, int, int, int, int, torch.device], TaskEstimate]
     """From the protocol, images of train and of val, width of a feature, number of classes, device."""
+
+    @property
+    def verb(self) -> str:
+        """Its command."""
+        return self.name
+
+    def job(self, request: "Request", opened: "Opened") -> "Job":
+        """What ``request`` asks for, ready to be done."""
+        from downstream.evaluate import prepare  # which is made of what stands above
+
+        return prepare(self, request, opened)
 
 
 def top_metrics(ranked: NDArray[np.int64], labels: NDArray[np.int64], classes: int, suffix: str = "") -> dict[str, Predictions]:

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_gone():
             return 1
-        line = _mendable(error)
+        line = mendable(error)
         if line is None:
             _say("this is a bug, not your mistake; please report the lines above and what 'mte-bench doctor' prints", True)
             return 1
@@ -171,7 +171,7 @@ def _summary(verb: str, entry: EntryPoint) -> str:
     return " ".join(text.strip().partition("\n\n")[0].split()).rstrip(".")
 
 
-def _mendable(error: Exception) -> str | None:
+def mendable(error: Exception) -> str | None:
     """The one line for an error that the user can mend, None for a bug."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())

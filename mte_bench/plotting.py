@@ -49,3 +49,9 @@ def picture(path: str | Path, width: float = 6.4, height: float = 4.0) -> Iterat
 def title_width(title: str) -> float:
     """Inches that a title of 10 points needs at most."""
     return 0.3 + 0.085 * max(len(line) for line in title.splitlines())
+
+
+def shortened(text: str, length: int) -> str:
+    """``text`` with its middle left out where it is longer: class and end of the file name stay."""
+    half = length // 2
+    return text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}"

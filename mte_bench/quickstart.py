@@ -76,17 +76,13 @@ def _do_all(parts: list[tuple[str, list[str]]]) -> dict[str, Any]:
 
     from mte_bench.cli import run
     from mte_bench.console import log
+    from mte_bench.records import as_if_typed
 
     results = {}
-    typed = sys.argv
-    try:
-        for number, (title, arguments) in enumerate(parts, start=1):
-            sys.argv = ["mte-bench", *arguments]  # what records name as the command that repeats them
-            log(f"\n{number}/{len(parts)}  {title}:  {shlex.join(sys.argv)}")
-            with redirect_stdout(sys.stderr):
-                results[title] = run(arguments)
-    finally:
-        sys.argv = typed
+    for number, (title, arguments) in enumerate(parts, start=1):
+        log(f"\n{number}/{len(parts)}  {title}:  mte-bench {shlex.join(arguments)}")
+        with as_if_typed(arguments), redirect_stdout(sys.stderr):
+            results[title] = run(arguments)
     return results
 
 

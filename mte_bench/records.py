@@ -5,7 +5,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -126,6 +127,17 @@ def make_record(**parts: Any) -> Record:
     return Record.check(parts, "record")
 
 
+@contextmanager
+def as_if_typed(words: Sequence[str]) -> Iterator[None]:
+    """Let records that are made inside name ``mte-bench WORDS`` as the command that repeats them."""
+    typed = sys.argv
+    sys.argv = ["mte-bench", *words]
+    try:
+        yield
+    finally:
+        sys.argv = typed
+
+
 def write_record(folder: str | Path, record: Record) -> Path:
     """Write ``folder/record.json`` atomically and return its path. Side files must be written first."""
     path = Path(folder) / RECORD_NAME
@@ -161,7 +173,7 @@ def find_records(paths: Iterable[str | Path]) -> list[Path]:
     return sorted(found)
 
 
-_PACKAGES = ("torch", "torchvision", "timm", "faiss-cpu", "scikit-learn", "numpy", "pillow", "mte-bench")
+_PACKAGES = ("torch", "torchvision", "timm", "faiss-cpu", "scikit-learn", "numpy", "pillow")
 
 
 def environment() -> dict[str, Any]:
@@ -170,11 +182,9 @@ def environment() -> dict[str, Any]:
 
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            if package == "mte-bench":
-                versions[package] = __version__
+    versions["mte-bench"] = __version__
     cuda = torch.cuda.is_available()
     return {
         "versions": versions,

@@ -68,4 +68,4 @@ def measure_attention(protocol: AnalysisProtocol, prepared: Prepared, seen: Seen
     )
 
 
-ATTENTION = Analysis("attention", AnalysisProtocol, prepare_attention, measure_attention)
+ATTENTION = Analysis("attention", AnalysisProtocol, prepare_attention, measure_attention, shown=6)

@@ -22,7 +22,7 @@ from downstream.commands import (
 
 Count = Annotated[int | None, typer.Option(min=4, help="Val images to measure on (default: the protocol's).")]
 Bank = Annotated[int | None, typer.Option(min=4, help="Train images to look up in (default: the protocol's, 50000).")]
-Images = Annotated[int, typer.Option(min=1, help="Images in the picture.")]
+Images = Annotated[int | None, typer.Option(min=1, help="Images in the picture (default: 6).")]
 Protocol = Annotated[str, typer.Option(help="Name of a protocol (mte-bench list protocols) or a YAML file.")]
 Between = Annotated[
     Literal["tokens", "layers"] | None,
@@ -63,7 +63,7 @@ def pooling(
     checkpoint: Checkpoint,
     data: Source,
     out: Out = None,
-    images: Images = 6,
+    images: Images = None,
     count: Count = None,
     protocol: Protocol = "pooling",
     set_: Set = None,
@@ -89,7 +89,7 @@ def attention(
     checkpoint: Checkpoint,
     data: Source,
     out: Out = None,
-    images: Images = 6,
+    images: Images = None,
     count: Count = None,
     protocol: Protocol = "attention",
     set_: Set = None,
@@ -194,7 +194,7 @@ def _study(
     count: int | None,
     bank: int | None = None,
     between: str | None = None,
-    images: int = 0,
+    images: int | None = None,
     **options: Any,
 ) -> Any:
     from downstream.analysis.study import study

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mte_bench.plotting import picture, title_width
+from mte_bench.plotting import picture, shortened, title_width
 
 if TYPE_CHECKING:
     from matplotlib.image import AxesImage
@@ -81,16 +81,10 @@ def draw_maps(
         for index, image in enumerate(images):
             top = start + index * (2 * cell + 3 * GAP)
             tile(image, MARGIN, top, 2 * cell)
-            caption = _short(captions[index], int(32 * cell))
+            caption = shortened(captions[index], int(32 * cell))
             page.text(MARGIN + cell, top + 2 * cell, caption, ha="center", va="top", fontsize=7)
             for left, values in zip(lefts, maps[index], strict=True):
                 tile(image.mean(-1), left, top, cmap="gray", vmin=0, vmax=1)
                 tile(values, left, top, alpha=0.6, interpolation="bicubic", **look)
                 drawn = tile(values, left, top + cell, **look)
         bar(drawn, start, min(count * (2 * cell + 3 * GAP) - 3 * GAP, 4 * cell), label, "both")
-
-
-def _short(text: str, length: int) -> str:
-    """``text`` with its middle left out where it is longer: class and end of the file name stay."""
-    half = length // 2
-    return text if len(text) <= length else f"{text[: half - 1]}…{text[-half:]}"

@@ -107,4 +107,4 @@ def measure_pooling(protocol: AnalysisProtocol, prepared: Prepared, seen: Seen) 
     )
 
 
-POOLING = Analysis("pooling", AnalysisProtocol, prepare_pooling, measure_pooling)
+POOLING = Analysis("pooling", AnalysisProtocol, prepare_pooling, measure_pooling, shown=6)

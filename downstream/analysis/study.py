@@ -1,7 +1,7 @@
 """What the analyses share: from a checkpoint, a source and a protocol to a record, its picture and its values.
 
 An analysis is a class of settings and two functions. ``prepare`` says what is computed from a batch of images, and refuses
-a checkpoint that has none of it; ``measure`` makes numbers and a picture of what was computed. ``study`` does the rest.
+a checkpoint that has none of it; ``measure`` makes numbers and a picture of what was computed. The rest is done here.
 """
 
 import time
@@ -22,20 +22,22 @@ from downstream.evaluate import (
     open_split,
     output_folder,
     pass_of,
+    precision_name,
     refuse_clash,
     require_labels,
     settings_of,
-    slug,
+    subject_title,
 )
 from downstream.features import Pass, decoded_batches
+from downstream.job import Job, Opened
 from downstream.plan import seconds_of, show_plan
 from downstream.task import ImageProtocol
 from mte_bench import records
 from mte_bench.console import ProgressLine, log, show_json, show_table
-from mte_bench.data.sources import ImageSet, parse_source, take
+from mte_bench.data.sources import ImageSet, take
 from mte_bench.data.transforms import EvaluationTransform
 from mte_bench.device import autocast, peak_memory
-from mte_bench.encoders.checkpoint import Checkpoint, open_checkpoint
+from mte_bench.encoders.checkpoint import Checkpoint
 from mte_bench.errors import UserError
 from mte_bench.files import hash_of, write_json
 from mte_bench.records import Cost, Data, Metric, Record, make_record
@@ -124,75 +126,109 @@ class Analysis(NamedTuple, Generic[A]):
     """Numbers and a picture of what was computed of all images."""
     labelled: bool = False
     """Whether every image must have a label."""
+    shown: int = 0
+    """Images in the picture if the request does not say."""
+
+    @property
+    def default(self) -> str:
+        """The protocol that is used if none is named."""
+        return self.name
+
+    @property
+    def verb(self) -> str:
+        """Its command."""
+        return f"analyze {self.name}"
+
+    def job(self, request: Request, opened: Opened, shown: int | None = None) -> Job:
+        """What ``request`` asks for, ready to be done, with ``shown`` images in the picture.
+
+        Raises ``UserError`` for everything that the user can mend; writes nothing.
+        """
+        return _job(self, request, opened, self.shown if shown is None else shown)
 
 
-def study(analysis: Analysis[A], request: Request, shown: int) -> Record | None:
+def study(analysis: Analysis[A], request: Request, shown: int | None = None) -> Record | None:
     """Do what ``request`` asks of ``analysis``, with ``shown`` images in the picture; returns the record, None for a dry run.
 
     Raises ``UserError`` for everything that the user can mend.
     """
-    began = time.monotonic()
+    job = analysis.job(request, Opened(), shown)
+    if request.dry_run:
+        show_plan(job.plan(), request.json)
+        return None
+    record = job.run()
+    _show(record, request.json)
+    log(f"picture: {job.folder / record.files['picture']}")
+    log(f"record: {job.folder / records.RECORD_NAME}")
+    return record
+
+
+def _job(analysis: Analysis[A], request: Request, opened: Opened, shown: int) -> Job:
+    if request.others:
+        raise UserError(f"{analysis.verb}: looks into one encoder, not into the {1 + len(request.others)} of an ensemble")
     name, protocol = load_protocol(analysis, request.protocol, request.set)
     how = pass_of(request)
-    images = _some(open_split(request, "val"), protocol.count)
-    bank = _some(open_split(request, "train"), protocol.bank) if isinstance(protocol, LookupProtocol) else None
+    images = _some(open_split(request, "val", opened), protocol.count)
+    bank = _some(open_split(request, "train", opened), protocol.bank) if isinstance(protocol, LookupProtocol) else None
     if analysis.labelled:
         require_labels(*([images] if bank is None else [bank, images]))
-    checkpoint = open_checkpoint(request.checkpoint, allow_partial=request.allow_partial, image_size=protocol.image_size)
+    fingerprint = images.fingerprint if bank is None else hash_of([bank.fingerprint, images.fingerprint])
+    checkpoint = opened.checkpoint(request.checkpoint, allow_partial=request.allow_partial, image_size=protocol.image_size)
     transform = evaluation_transform(checkpoint, protocol)
     folder = output_folder(request, analysis.name, name, protocol, checkpoint)
+    stated = records.Protocol(name=name, version=protocol.version, settings=settings_of(protocol))
     prepared = analysis.prepare(protocol, checkpoint)
-    prepared.model.eval().to(how.device)
-    if request.dry_run:
-        resolved = {"task": analysis.name, "protocol": name, "settings": settings_of(protocol), "out": str(folder)}
-        show_plan(resolved | _plan(prepared, images, bank, transform, how, checkpoint), request.json)
-        return None
-    fingerprint = images.fingerprint if bank is None else hash_of([bank.fingerprint, images.fingerprint])
-    refuse_clash(folder, checkpoint.subject, images.source, fingerprint)
 
-    pass_began = time.monotonic()
-    counted = {"val": images} if bank is None else {"train": bank, "val": images}
-    passes = {split: _collect(prepared, each, transform, how) for split, each in counted.items()}
-    seconds = time.monotonic() - pass_began
-    arrays, kept, _ = passes["val"]
-    gallery = _gallery(images, kept, transform, shown)
-    looked_up = None if bank is None else Bank(passes["train"][0], bank.labels[passes["train"][1]])
-    outcome = analysis.measure(protocol, prepared, Seen(arrays, images.labels[kept], images.classes, gallery, looked_up))
-    files = {"picture": f"{analysis.name}.png", "values": f"{analysis.name}.json"}
-    outcome.draw(folder / files["picture"], _title(checkpoint, images, len(kept)))
-    write_json(folder / files["values"], outcome.values)
-    record = make_record(
-        task=analysis.name,
-        protocol=records.Protocol(name=name, version=protocol.version, settings=settings_of(protocol)),
-        subject=checkpoint.subject,
-        data=Data(
-            source=images.source,
-            split="val",
-            images={split: len(found) for split, (_, found, _) in passes.items()},
-            classes=len(images.classes) or None,
-            fingerprint=fingerprint,
-            subset=images.subset,
-            corrupt=[name for _, _, lost in passes.values() for name in lost],
-        ),
-        metrics=outcome.metrics,
-        cost=Cost(
-            seconds=round(time.monotonic() - began, 3),
-            images_per_second=round(sum(map(len, counted.values())) / seconds, 1),
-            peak_memory_bytes=peak_memory(how.device),
-        ),
-        files=files,
-        details={
-            **outcome.details,
-            **({"shown": gallery.captions} if shown else {}),
-            "transform": transform.model_dump(mode="json"),
-            "precision": str(how.precision).removeprefix("torch."),
-        },
-    )
-    path = records.write_record(folder, record)
-    _show(record, request.json)
-    log(f"picture: {folder / files['picture']}")
-    log(f"record: {path}")
-    return record
+    def planned() -> dict[str, Any]:
+        prepared.model.eval().to(how.device)
+        resolved = {"task": analysis.name, "protocol": name, "settings": stated.settings, "out": str(folder)}
+        return resolved | _plan(prepared, images, bank, transform, how, checkpoint)
+
+    def run() -> Record:
+        began = time.monotonic()
+        refuse_clash(folder, checkpoint.subject, images.source, fingerprint)
+        prepared.model.eval().to(how.device)
+        counted = {"val": images} if bank is None else {"train": bank, "val": images}
+        passes = {split: _collect(prepared, each, transform, how) for split, each in counted.items()}
+        seconds = time.monotonic() - began
+        arrays, kept, _ = passes["val"]
+        gallery = _gallery(images, kept, transform, shown)
+        looked_up = None if bank is None else Bank(passes["train"][0], bank.labels[passes["train"][1]])
+        outcome = analysis.measure(protocol, prepared, Seen(arrays, images.labels[kept], images.classes, gallery, looked_up))
+        files = {"picture": f"{analysis.name}.png", "values": f"{analysis.name}.json"}
+        outcome.draw(folder / files["picture"], subject_title(checkpoint.subject, images.source, len(kept)))
+        write_json(folder / files["values"], outcome.values)
+        record = make_record(
+            task=analysis.name,
+            protocol=stated,
+            subject=checkpoint.subject,
+            data=Data(
+                source=images.source,
+                split="val",
+                images={split: len(found) for split, (_, found, _) in passes.items()},
+                classes=len(images.classes) or None,
+                fingerprint=fingerprint,
+                subset=images.subset,
+                corrupt=[name for _, _, lost in passes.values() for name in lost],
+            ),
+            metrics=outcome.metrics,
+            cost=Cost(
+                seconds=round(time.monotonic() - began, 3),
+                images_per_second=round(sum(map(len, counted.values())) / seconds, 1),
+                peak_memory_bytes=peak_memory(how.device),
+            ),
+            files=files,
+            details={
+                **outcome.details,
+                **({"shown": gallery.captions} if shown else {}),
+                "transform": transform.model_dump(mode="json"),
+                "precision": precision_name(how),
+            },
+        )
+        records.write_record(folder, record)
+        return record
+
+    return Job(analysis.name, stated, checkpoint.subject, fingerprint, precision_name(how), folder, (), planned, run)
 
 
 def mean_over_images(values: Floats) -> Metric:
@@ -246,19 +282,11 @@ def _gallery(images: ImageSet, kept: NDArray[np.int64], transform: EvaluationTra
     by_class = np.argsort(images.labels[kept], kind="stable")
     rows = by_class[np.linspace(0, len(kept) - 1, min(shown, len(kept))).round().astype(np.int64)]
     captions, pixels = [], []
-    mean, std = np.array(transform.mean), np.array(transform.std)
     for index in kept[rows]:
         label, name = int(images.labels[index]), images.name(int(index)).rsplit("/", 1)[-1]
         captions.append(f"{images.classes[label]}: {name}" if label >= 0 else name)
-        tensor = transform(images.image(int(index)))
-        pixels.append((tensor.permute(1, 2, 0).numpy() * std + mean).clip(0, 1))
+        pixels.append(transform.seen(images.image(int(index))))
     return Gallery(rows, captions, np.array(pixels))
-
-
-def _title(checkpoint: Checkpoint, images: ImageSet, count: int) -> str:
-    source = parse_source(images.source)
-    data, name, arch = Path(source.path).name or source.kind, slug(checkpoint.subject.checkpoint), checkpoint.subject.arch
-    return f"{name}{'' if arch in name else f' ({arch})'}, {count:,} images of {data}"
 
 
 def _show(record: Record, as_json: bool) -> None:
@@ -293,6 +321,6 @@ def _plan(
         "images": counts,
         "transform": transform.model_dump(mode="json"),
         "compared": ", ".join(prepared.names),
-        "pass_seconds": round(total * max(encode, decode / max(how.workers, 1)), 1),
-        "pass_memory_bytes": total * bytes_per_image,
+        "task_seconds": round(total * max(encode, decode / max(how.workers, 1)), 1),
+        "task_memory_bytes": total * bytes_per_image,
     }

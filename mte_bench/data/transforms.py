@@ -54,6 +54,11 @@ class EvaluationTransform(Settings):
         pixels = np.asarray(image)[top : top + self.crop, left : left + self.crop]
         return torch.from_numpy(np.stack([table[pixels[..., c]] for c, table in enumerate(_tables(self.mean, self.std))]))
 
+    def seen(self, image: Image.Image) -> NDArray[np.floating]:
+        """What the encoder sees of an RGB image, for pictures: ``crop crop 3`` in [0, 1]."""
+        pixels = self(image).permute(1, 2, 0).numpy() * np.array(self.std) + np.array(self.mean)
+        return pixels.clip(0, 1)
+
 
 @lru_cache(maxsize=8)
 def _tables(mean: Channels, std: Channels) -> NDArray[np.float32]:

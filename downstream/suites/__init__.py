@@ -1,0 +1,1 @@
+"""Suites: many checkpoints on many tasks, by any number of processes."""

@@ -1,0 +1,59 @@
+"""The verb ``run``: a suite from its file to its table, here, beside others under ``torchrun``, or sent to SLURM."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from downstream.evaluate import slug
+from downstream.suites.cells import cells_of, load_suite
+from downstream.suites.show import show_dry_run, show_results
+from downstream.suites.work import Share, work
+from mte_bench.errors import UserError
+
+
+def run_suite(
+    suite: str,
+    *,
+    checkpoints: Sequence[str] | None = None,
+    data: str | None = None,
+    out: str | None = None,
+    slurm: Sequence[str] | None = None,
+    json: bool = False,
+    dry_run: bool = False,
+    **options: Any,
+) -> bool:
+    """Do a suite, or show or submit it; returns whether a cell failed. ``options`` are fields of ``Request``.
+
+    Under ``torchrun`` the processes take cells side by side; the first waits for the others and shows the table, and it
+    alone reports failures, since the launcher ends all processes when one does.
+    """
+    loaded = load_suite(suite, checkpoints or (), data)
+    folder = Path(out or Path("runs") / (slug(Path(suite).stem) + ("-smoke" if options.get("smoke") else "")))
+    share = Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    cells = cells_of(loaded, suite, folder, {**options, "device": _own_device(options.get("device", "auto"), share)})
+    if slurm:
+        if dry_run or json or share.processes > 1:
+            raise UserError("--slurm submits and shows nothing: leave out --dry-run, --json and torchrun")
+        from downstream.suites.submit import submit
+
+        submit(loaded, suite, folder, options, slurm)
+        return False
+    first = share.rank == 0
+    if dry_run:
+        if first:
+            show_dry_run(cells, json)
+        return False
+    results = work(cells, share, wait=first)
+    if first:
+        show_results(results, json)
+    return first and any(result.status == "failed" for result in results)
+
+
+def _own_device(device: str, share: Share) -> str:
+    """Under ``torchrun`` each process has its own accelerator, where there are some."""
+    import torch
+
+    if share.processes == 1 or device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return device
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', share.rank)) % torch.cuda.device_count()}"

@@ -1,0 +1,457 @@
+"""Suites: every cell once and as by itself, whatever fails, is killed or runs beside it."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from downstream import features, job
+from downstream.suites import cells as cells_module
+from downstream.suites.cells import Cell, cells_of, load_suite
+from downstream.suites.run import run_suite
+from downstream.suites.work import LOCK_NAME, Share, work
+from mte_bench.cli import main, run
+from mte_bench.records import Record, find_records, read_record
+
+VIT = "random:vit_tiny_patch16_224?image_size=16&patch_size=8&embed_dim=32&depth=2&num_heads=2"
+SWIN = "random:swin_tiny_patch4_window7_224?image_size=32&window_size=4&embed_dim=12&depths=[1,1,1,1]&num_heads=[1,1,2,2]"
+TASKS: list[Any] = [
+    {"task": "knn", "set": {"k": [5, 10]}},
+    {"task": "linear", "set": {"epochs": 2, "feature": "patch-mean"}},
+    {"task": "retrieval", "metrics": ["map", "recall_1"]},
+    {"task": "cka", "set": {"count": 8}},
+]
+NAMES = ["knn", "linear-fast", "retrieval", "cka"]
+
+
+@pytest.fixture
+def place(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with a suite of two checkpoints on the images of ``folder``."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, folder)
+    return tmp_path
+
+
+def write(place: Path, source: Path, **changes: Any) -> None:
+    suite = {"checkpoints": [{"name": "A", "checkpoint": VIT}, f"{VIT}&seed=1"], "data": str(source), "tasks": TASKS}
+    (place / "suite.yaml").write_text(yaml.safe_dump({**suite, **changes}))
+
+
+def options(place: Path) -> dict[str, Any]:
+    return {"workers": 0, "device": "cpu", "cache": str(place / "cache")}
+
+
+def do(place: Path, *arguments: str) -> int:
+    given = [word for key, value in options(place).items() for word in (f"--{key}", str(value))]
+    return main(["run", str(place / "suite.yaml"), "--out", str(place / "out"), *given, *arguments])
+
+
+def cells(place: Path, out: str = "out") -> list[Cell]:
+    name = str(place / "suite.yaml")
+    return cells_of(load_suite(name), name, place / out, options(place))
+
+
+def facts(place: Path, out: str = "out") -> dict[str, Any]:
+    """Of each record, by the place of its cell, all that does not tell when and how fast it was made."""
+    found = {}
+    for path in find_records([place / out]):
+        values = read_record(path).model_dump(mode="json", exclude={"cost", "created", "command", "environment"})
+        for key in ("features_cached", "data_wait"):
+            values["details"].pop(key, None)
+        found[path.parent.relative_to(place / out).as_posix()] = values
+    return found
+
+
+def stamps(place: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (place / "out").rglob("record.json")}
+
+
+# One process ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_cell_is_what_its_own_command_gives(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert do(place) == 0
+    table = capsys.readouterr().out
+    assert all(word in table for word in ("checkpoint", "A", "seed-1", "knn top1_k5", "retrieval map", "retrieval recall_1"))
+    first = facts(place)
+    assert len(first) == 8
+    for cell in cells(place):
+        typed = read_record(cell.folder / "record.json").command
+        assert (typed.startswith(f"mte-bench {cell.offer.verb} ") and "--set" in typed) or cell.task == "retrieval"
+        alone = run([*cell.words, "--out", str(place / "alone" / cell.folder.relative_to(place / "out"))])
+        assert f"{alone.metrics[next(iter(alone.metrics))].value:.2f}" in table
+    assert facts(place, "alone") == first
+
+
+def test_one_pass_gives_all_features_and_a_checkpoint_is_opened_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes, opened = [], []
+    encode, open_checkpoint = features._encode, job.open_checkpoint
+    monkeypatch.setattr(features, "_encode", lambda stores, *rest: (passes.append(sorted(stores)), encode(stores, *rest)))
+    monkeypatch.setattr(job, "open_checkpoint", lambda text, **how: (opened.append(text), open_checkpoint(text, **how))[1])
+    assert do(place) == 0
+    assert passes == [["global", "patch-mean"]] * 4  # two checkpoints, two splits
+    assert opened == [VIT, f"{VIT}&seed=1"]
+
+
+def test_what_is_done_is_not_done_again_unless_something_that_counts_has_changed(
+    place: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def changed() -> list[str]:
+        before = stamps(place)
+        assert do(place) == 0
+        return sorted(path.parent.name.split("-")[0] for path, stamp in stamps(place).items() if before.get(path) != stamp)
+
+    assert len(changed()) == 8 and changed() == []
+    assert "already done" in capsys.readouterr().err
+    for recall in (3, 4):  # the same folder, other settings
+        write(place, folder, tasks=[*TASKS, {"task": "retrieval", "set": {"recall": [1, recall]}, "name": "mine"}])
+        assert changed() == ["mine"] * 2
+    write(place, folder, checkpoints=[{"name": "A", "checkpoint": VIT}])
+    assert changed() == []
+    monkeypatch.setattr(job, "__version__", "9")
+    monkeypatch.setattr("mte_bench.records.__version__", "9")
+    assert changed() == ["cka", "knn", "linear", "retrieval"]
+    assert do(place, "--precision", "bfloat16") == 0 and changed() == ["cka", "knn", "linear", "retrieval"]
+
+
+def test_other_weights_or_data_of_the_same_name_are_measured_anew(place: Path, folder: Path) -> None:
+    import shutil
+
+    from mte_bench.encoders.checkpoint import open_checkpoint, save_encoder
+
+    data = place / "data"
+    shutil.copytree(folder, data)
+    save_encoder(place / "encoder.safetensors", open_checkpoint(VIT).encoder, {})
+    write(place, data, checkpoints=["encoder.safetensors"], tasks=[TASKS[0]])
+    assert do(place) == 0
+    (before,) = stamps(place).items()
+    save_encoder(place / "encoder.safetensors", open_checkpoint(f"{VIT}&seed=1").encoder, {})
+    assert do(place) == 0
+    (other,) = stamps(place).items()
+    assert other[0] == before[0] and other[1] != before[1]
+    (data / "val" / "a" / "0.png").unlink()
+    assert do(place) == 0
+    assert next(iter(facts(place).values()))["data"]["images"] == {"train": 34, "val": 7}
+
+
+def test_a_cell_that_fails_stops_no_other_and_is_tried_again(
+    place: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = [{"name": "Swin", "checkpoint": SWIN}, "no/such.pth", {"name": "A", "checkpoint": VIT}]
+    write(place, folder, checkpoints=checkpoints, tasks=["attention", TASKS[0], {"task": "surprise", "name": "surprise"}])
+    offer(monkeypatch, "surprise")
+    assert do(place) == 1
+    shown = capsys.readouterr()
+    knn = cells(place)[1].folder.name
+    assert sorted(facts(place)) == sorted([f"A/{knn}", f"Swin/{knn}", f"A/attention-{folder.name}"])
+    assert "6 of 9 cells failed" in shown.err and "ZeroDivisionError: on purpose (a bug" in shown.err
+    assert "Swin, attention: error: " in shown.err and "has no CLS token" in shown.err
+    assert "no/such.pth: no such checkpoint" in shown.err
+    assert shown.out.count("failed") == 6
+    failed = [f"{path.parent.parent.name}/{path.parent.name}" for path in (place / "out").rglob("error.txt")]
+    assert len(failed) == 6 and f"Swin/attention-{folder.name}" in failed and "A/surprise" in failed
+    Surprise.mended = True
+    try:
+        assert do(place, "--json") == 1
+    finally:
+        Surprise.mended = False
+    results = json.loads(capsys.readouterr().out)
+    assert [result["status"] for result in results] == ["failed", "found", "done", *["failed"] * 3, "found", "found", "done"]
+    assert results[0]["error"].endswith("has no CLS token whose attention could be shown") and results[0]["record"] is None
+    assert Record.check(results[2]["record"], "printed").task == "knn"
+    assert not (Path(results[2]["folder"]) / "error.txt").exists()
+
+
+class Surprise:
+    """A task of another package: k-NN that divides by zero until it is mended."""
+
+    from downstream.knn import KNN_TASK
+
+    name, default, verb, protocol, mended = "knn", "knn", "knn", KNN_TASK.protocol, False
+
+    def job(self, request: Any, opened: Any) -> Any:
+        if not self.mended:
+            raise ZeroDivisionError("on purpose")
+        from dataclasses import replace
+
+        return self.KNN_TASK.job(replace(request, set=("k=[3]",)), opened)
+
+
+SURPRISE = Surprise()
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let another package offer tasks, one of which cannot be imported."""
+    own = cells_module.entry_points(group=cells_module.GROUP)
+    added = [EntryPoint(name, f"{__name__}:SURPRISE", cells_module.GROUP) for name in names]
+    monkeypatch.setattr(
+        cells_module, "entry_points", lambda group: [*own, *added, EntryPoint("broken", "no_such_module:TASK", group)]
+    )
+
+
+def test_an_ensemble_is_one_checkpoint_and_no_subject_of_an_analysis(
+    place: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(place, folder, checkpoints=[{"checkpoint": [VIT, f"{VIT}&seed=1"], "name": "both"}], tasks=[TASKS[0], TASKS[3]])
+    assert do(place) == 1
+    (found,) = facts(place).values()
+    assert len(found["subject"]["parts"]) == 2
+    assert "analyze cka: looks into one encoder, not into the 2 of an ensemble" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_is_left_and_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(place.rglob("*"))
+    assert do(place, "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert sorted(place.rglob("*")) == before
+    assert [row["status"] for row in plan["cells"]] == ["to do"] * 8
+    rows = plan["cells"]
+    shared = [max(row["feature_seconds"] for row in rows[start : start + 3]) for start in (0, 4)]
+    assert plan["seconds"] == pytest.approx(sum(shared) + sum(row["task_seconds"] for row in rows))
+    assert do(place) == 0
+    capsys.readouterr()
+    assert do(place, "--dry-run") == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("done") == 9 and "0 of 8 cells to do, about 0 s" in shown.err  # once in the title
+
+
+def test_checkpoints_and_data_of_the_command_line_replace_those_of_the_file(place: Path, folder: Path) -> None:
+    write(place, Path("/no/such/data"), tasks=["retrieval"])
+    assert main(["run", "suite.yaml", f"{VIT}&seed=2", "--data", str(folder), "--device", "cpu", "--workers", "0"]) == 0
+    (record,) = find_records(["runs"])
+    assert record.parts[:2] == ("runs", "suite") and read_record(record).subject.seed == 2
+    assert main(["run", "frozen", VIT, "--data", str(folder), "--smoke", "--device", "cpu", "--workers", "0"]) == 0
+    assert len(find_records(["runs/frozen-smoke"])) == 3
+
+
+@pytest.mark.parametrize("name", ["frozen", "scenes-random"])
+def test_the_suites_of_the_program_are_sound(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    suite = load_suite(name, () if name == "scenes-random" else (VIT,), "scenes")
+    assert len(cells_of(suite, name, Path("out"), {})) == len(suite.checkpoints) * len(suite.tasks) > 2
+    assert main(["list", "suites", "--json"]) == 0
+    row = next(row for row in json.loads(capsys.readouterr().out) if row["name"] == name)
+    assert row["about"] and row["tasks"].startswith("knn, linear, retrieval")
+
+
+@pytest.mark.slow
+def test_the_example_runs(tmp_path: Path) -> None:
+    assert main(["run", "scenes-random", "--out", str(tmp_path), "--cache", str(tmp_path / "cache"), "--device", "cpu"]) == 0
+    assert len(find_records([tmp_path])) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"task": []}, "unknown setting 'task' (did you mean 'tasks'?)"),
+        ({"tasks": []}, "tasks: "),
+        ({"tasks": ["knnn"]}, "tasks.0: there is no task 'knnn' (did you mean 'knn'?)"),
+        ({"tasks": ["knn", {"task": "knn", "protcol": "knn"}]}, "unknown setting 'tasks.1.protcol' (did you mean 'protocol'?)"),
+        ({"tasks": ["knn", {"task": "knn", "protocol": "knm"}]}, "tasks.1: no protocol named 'knm' (did you mean 'knn'?)"),
+        ({"tasks": [{"task": "knn", "set": {"temprature": 1}}]}, "tasks.0: protocol knn: unknown setting 'temprature' (did you"),
+        ({"tasks": [{"task": "knn", "data": "scense:"}]}, "tasks.0: source 'scense:': unknown kind"),
+        ({"tasks": ["broken"]}, "task 'broken' cannot be imported (No module named 'no_such_module')"),
+        ({"tasks": ["knn", "knn"]}, "tasks: 'knn-"),
+        ({"data": None}, "tasks.0: has no data; give the suite or the task a source, or name one by --data"),
+        ({"checkpoints": []}, "lists no checkpoints; name some: mte-bench run"),
+        ({"checkpoints": [{"name": "A", "checkpont": "x"}]}, "checkpoints.0.checkpont"),
+        ({"checkpoints": ["a/dino.pth", "b/dino.pth"]}, "checkpoints: 'dino' is there twice; give one of them another name"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_done(
+    changes: dict[str, Any],
+    expected: str,
+    place: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error_line: Callable[..., str],
+) -> None:
+    offer(monkeypatch)
+    write(place, folder, **changes)
+    assert expected in error_line("run", "suite.yaml")
+    assert not (place / "runs").exists()
+
+
+def test_mistakes_on_the_command_line(place: Path, error_line: Callable[..., str]) -> None:
+    assert "no suite named 'frozn' (did you mean 'frozen'?)" in error_line("run", "frozn")
+    for given, expected in {
+        "partitoin=gpu": "unknown key 'partitoin' (did you mean 'partition'?)",
+        "partition": "--slurm partition: write it as key=value",
+        "workers=0": "--slurm workers=0: a whole number from 1",
+        "cluster=moon": "--slurm cluster=moon: slurm or local",
+        "timeout_min=soon": '--slurm: Parameter "timeout_min" expected type',
+    }.items():
+        local = ["--slurm", "cluster=local"] if "cluster" not in given else []
+        assert expected in error_line("run", "suite.yaml", "--out", "out", *local, "--slurm", given)
+    assert "cluster=local does without SLURM" in error_line("run", "suite.yaml", "--slurm", "workers=2")
+    (place / "file").touch()
+    assert "file/A/knn-" in (line := error_line("run", "suite.yaml", "--out", "file")) and "choose another --out" in line
+
+
+def test_slurm_without_submitit_says_what_to_install(
+    place: Path, monkeypatch: pytest.MonkeyPatch, error_line: Callable[..., str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert "pip install 'mte-bench[slurm]'" in error_line("run", "suite.yaml", "--slurm", "workers=2")
+
+
+# Several processes ------------------------------------------------------------------------------------------------------
+
+
+def child(place: Path, share: Share, wait: bool, start: Any, answer: Any) -> None:
+    """The suite in a process of its own; how each cell ended goes into ``answer``."""
+    import torch
+
+    torch.set_num_threads(1)
+    chosen = cells(place)
+    start.wait()
+    answer.put([(result.status, result.error) for result in work(chosen, share, wait)])
+
+
+def holder(cell_folder: Path, held: Any, let_go: Any, error: str | None) -> None:
+    """Holds a cell until told otherwise, and says that it failed if it is to."""
+    import fcntl
+
+    cell_folder.mkdir(parents=True)
+    with open(cell_folder / LOCK_NAME, "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        held.set()
+        let_go.wait()
+        if error is not None:
+            (cell_folder / "error.txt").write_text(error)
+
+
+class Started:
+    """Processes that have imported everything and wait for the word."""
+
+    def __init__(self) -> None:
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["downstream.suites.run", "downstream.retrieval", "downstream.linear"])
+        self.running: list[Any] = []
+        self.kept: list[Any] = []  # an event must live until its process has started
+
+    def suite(self, place: Path, share: Share = Share(), wait: bool = True, start: Any = None) -> tuple[Any, Any]:  # noqa: B008
+        answer, at_once = self.context.Queue(), self.context.Event()
+        at_once.set()
+        return self.process(child, place, share, wait, start or at_once, answer), answer
+
+    def process(self, function: Callable[..., None], *arguments: Any) -> Any:
+        process = self.context.Process(target=function, args=arguments)
+        process.start()
+        self.running.append(process)
+        self.kept += arguments
+        return process
+
+
+@pytest.fixture
+def started() -> Iterator[Started]:
+    processes = Started()
+    yield processes
+    for process in processes.running:
+        process.kill()
+        process.join()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> dict[str, Any]:
+    """What the suite of ``place`` leaves."""
+    place = tmp_path_factory.mktemp("undisturbed")
+    write(place, folder)
+    assert do(place) == 0
+    return facts(place)
+
+
+def test_two_suites_at_once_divide_the_work(place: Path, started: Started, undisturbed: dict[str, Any]) -> None:
+    start = started.context.Event()
+    both = [started.suite(place, start=start) for _ in range(2)]
+    start.set()
+    results = [answer.get(timeout=120) for _, answer in both]
+    for outcomes in zip(*results, strict=True):
+        assert sorted(status for status, _ in outcomes) == ["done", "found"]
+    assert facts(place) == undisturbed
+
+
+def test_kills_leave_what_was_done_and_the_rest_is_done_later(place: Path, started: Started, undisturbed: dict[str, Any]) -> None:
+    kept: dict[Path, int] = {}
+    for finished in (0, 4):
+        process, _ = started.suite(place)
+        while len(stamps(place)) <= finished:
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        now = stamps(place)
+        assert kept.items() <= now.items() and len(now) < 8
+        kept = now
+    _, answer = started.suite(place)
+    statuses = [status for status, _ in answer.get(timeout=120)]
+    assert statuses.count("found") == len(kept) and statuses.count("done") == 8 - len(kept)
+    assert facts(place) == undisturbed and kept.items() <= stamps(place).items()
+
+
+def test_a_cell_that_another_process_holds_is_waited_for(place: Path, started: Started, undisturbed: dict[str, Any]) -> None:
+    """Killed, its process leaves the cell to us; a failure of its own is reported and not tried again."""
+    held, let_go = [started.context.Event() for _ in range(2)], started.context.Event()
+    killed, failed = cells(place)[2].folder, cells(place)[5].folder
+    first = started.process(holder, killed, held[0], started.context.Event(), None)
+    started.process(holder, failed, held[1], let_go, "out of luck\n")
+    assert all(event.wait(60) for event in held)
+    without = work(cells(place), wait=False)
+    assert [result.status for result in without] == ["done", "done", "elsewhere", "done", "done", "elsewhere", "done", "done"]
+    _, answer = started.suite(place)
+    first.kill()
+    while not (killed / "record.json").exists():
+        time.sleep(0.002)
+    let_go.set()
+    results = answer.get(timeout=120)
+    assert results[2] == ("done", None) and results[5] == ("failed", "out of luck")
+    assert facts(place) == {name: record for name, record in undisturbed.items() if not failed.as_posix().endswith(name)}
+
+
+def test_processes_of_a_launcher_begin_apart_and_the_first_one_speaks(
+    place: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    write(place, folder, tasks=["attention", "retrieval"], checkpoints=[VIT, {"name": "last", "checkpoint": SWIN}])
+    assert not run_suite(str(place / "suite.yaml"), out=str(place / "out"), **options(place))
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("last, attention: error: ")
+    assert shown.err.splitlines()[1] == "process 2: 2/4 last, retrieval"
+    monkeypatch.setenv("RANK", "0")
+    assert run_suite(str(place / "suite.yaml"), out=str(place / "out"), **options(place))
+    assert "failed" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_torchrun_divides_the_cells(place: Path, undisturbed: dict[str, Any]) -> None:
+    import subprocess
+
+    given = [word for key, value in options(place).items() for word in (f"--{key}", str(value))]
+    command = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "mte_bench", "run", "suite.yaml", "--out", "out", *given]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("checkpoint") == 1 and "process 1: " in done.stderr and "process 2: " in done.stderr
+    assert facts(place) == undisturbed
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_submitted_workers_do_the_suite(workers: int, place: Path, undisturbed: dict[str, Any]) -> None:
+    """submitit with processes of this machine in SLURM's place."""
+    from downstream.suites.submit import submit
+
+    name = str(place / "suite.yaml")
+    assignments = ["cluster=local", f"workers={workers}", "timeout_min=5", "slurm_partition=none"]
+    jobs = submit(load_suite(name), name, place / "out", options(place), assignments)
+    assert [job.result() for job in jobs] == [0] * workers
+    assert facts(place) == undisturbed
+    assert "retrieval map" in jobs[0].stdout() and (place / "out" / "slurm").is_dir()
+    commands = {read_record(path).command.partition(" --")[0] for path in find_records([place / "out"])}
+    assert commands >= {f"mte-bench knn '{VIT}'", f"mte-bench analyze cka '{VIT}'"}
