@@ -101,7 +101,7 @@ def retrieval(
 
 def run(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="A YAML file, or a name (mte-bench list suites).")],
-    checkpoints: Annotated[list[str] | None, typer.Argument(metavar="[CKPT]...", help="In place of the suite's own.")] = None,
+    checkpoints: Annotated[list[str] | None, typer.Argument(metavar="CKPT", help="In place of the suite's own.")] = None,
     data: Annotated[str | None, typer.Option(metavar="SOURCE", help="In place of the suite's own.")] = None,
     out: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of all records (default: runs/SUITE).")] = None,
     slurm: Annotated[

@@ -30,7 +30,8 @@ def run_suite(
     """
     loaded = load_suite(suite, checkpoints or (), data)
     folder = Path(out or Path("runs") / (slug(Path(suite).stem) + ("-smoke" if options.get("smoke") else "")))
-    share = Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    # Taken out of the environment: within its cells a process is alone, nothing there waits for the others.
+    share = Share(int(os.environ.pop("RANK", "0")), int(os.environ.pop("WORLD_SIZE", "1")))
     cells = cells_of(loaded, suite, folder, {**options, "device": _own_device(options.get("device", "auto"), share)})
     if slurm:
         if dry_run or json or share.processes > 1:
