@@ -154,7 +154,11 @@ def test_a_cell_that_fails_stops_no_other_and_is_tried_again(
     knn = cells(place)[1].folder.name
     assert sorted(facts(place)) == sorted([f"A/{knn}", f"Swin/{knn}", f"A/attention-{folder.name}"])
     assert "6 of 9 cells failed" in shown.err and "ZeroDivisionError: on purpose (a bug" in shown.err
-    assert "Swin, attention: error: " in shown.err and "has no CLS token" in shown.err
+    assert (
+        "  such, attention, knn: error: no/such.pth" in shown.err
+        and "Swin, attention: error: " in shown.err
+        and "has no CLS token" in shown.err
+    )
     assert "no/such.pth: no such checkpoint" in shown.err
     assert shown.out.count("failed") == 6
     failed = [f"{path.parent.parent.name}/{path.parent.name}" for path in (place / "out").rglob("error.txt")]
@@ -224,6 +228,13 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(place: Path, capsys: pyt
     assert shown.out.count("done") == 7 and "0 of 6 cells to do, about 0 s" in shown.err  # once in the title
 
 
+def test_a_task_can_be_for_some_checkpoints_only(place: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(place, folder, tasks=[TASKS[0], {"task": "retrieval", "only": ["A"]}])
+    assert do(place) == 0
+    assert [name.partition("-")[0] for name in facts(place)] == ["A/knn", "A/retrieval", "random"]
+    assert capsys.readouterr().out.splitlines()[-2].endswith("– │")
+
+
 def test_checkpoints_and_data_of_the_command_line_replace_those_of_the_file(place: Path, folder: Path) -> None:
     write(place, Path("/no/such/data"), tasks=["retrieval"])
     assert main(["run", "suite.yaml", f"{VIT}&seed=2", "--data", str(folder), "--device", "cpu", "--workers", "0"]) == 0
@@ -260,6 +271,7 @@ def test_the_example_runs(tmp_path: Path) -> None:
         ({"tasks": [{"task": "knn", "data": "scense:"}]}, "tasks.0: source 'scense:': unknown kind"),
         ({"tasks": ["broken"]}, "task 'broken' cannot be imported (No module named 'no_such_module')"),
         ({"tasks": ["knn", "knn"]}, "tasks: 'knn-"),
+        ({"tasks": [{"task": "knn", "only": ["AA"]}]}, "tasks.0.only: no checkpoint is named 'AA' (did you mean 'A'?)"),
         ({"data": None}, "tasks.0: has no data; give the suite or the task a source, or name one by --data"),
         ({"checkpoints": []}, "lists no checkpoints; name some: mte-bench run"),
         ({"checkpoints": [{"name": "A", "checkpont": "x"}]}, "checkpoints.0.checkpont"),

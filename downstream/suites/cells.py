@@ -9,6 +9,7 @@
       - knn
       - {task: linear, protocol: fast, set: {epochs: 50}, metrics: [top1, top5]}
       - {task: retrieval, data: scenes}
+      - {task: pooling, only: [DINO+MTE]}
 
 Paths are relative to where the command is called. A task is whatever an entry point of the group ``mte_bench.tasks`` names
 and has the attributes of ``Offer``; another package can add some. ``work`` does the cells.
@@ -98,6 +99,8 @@ class TaskEntry(Settings):
     """Settings of the protocol that are changed."""
     metrics: tuple[str, ...] = ()
     """In the table; by default the first of the record. The record has all of them."""
+    only: tuple[str, ...] = ()
+    """Names of the checkpoints that it is for, such as those with auxiliary tokens; by default all."""
     name: str | None = None
     """In the table and of the folder; by default made of protocol, data and a hash of what is set, as far as is needed."""
 
@@ -174,14 +177,23 @@ def cells_of(suite: Suite, name: str, out: Path, options: Mapping[str, Any]) -> 
     tasks = [_resolved(entry, suite, f"suite {name}: tasks.{index}") for index, entry in enumerate(suite.tasks)]
     _refuse_twice([slug(entry.title) for entry in suite.checkpoints], f"suite {name}: checkpoints")
     _refuse_twice([folder for _, folder, _ in tasks], f"suite {name}: tasks")
-    short = [_protocol_title(offer, values["protocol"]) for offer, _, values in tasks]
+    names = [entry.title for entry in suite.checkpoints]
+    for index, entry in enumerate(suite.tasks):
+        for unknown in set(entry.only) - set(names):
+            raise UserError(f"suite {name}: tasks.{index}.only: no checkpoint is named '{unknown}'{did_you_mean(unknown, names)}")
+    short = [
+        entry.name or _protocol_title(offer, values["protocol"])
+        for (offer, _, values), entry in zip(tasks, suite.tasks, strict=True)
+    ]
+    titles = [title if short.count(title) == 1 else folder for title, (_, folder, _) in zip(short, tasks, strict=True)]
     cells = []
     for checkpoint in suite.checkpoints:
         first, *others = checkpoint.parts
-        for (offer, folder, values), entry, title in zip(tasks, suite.tasks, short, strict=True):
+        for (offer, folder, values), entry, title in zip(tasks, suite.tasks, titles, strict=True):
+            if entry.only and checkpoint.title not in entry.only:
+                continue
             place = out / slug(checkpoint.title) / folder
             request = Request(**options, **values, checkpoint=first, others=tuple(others), out=str(place))
-            title = entry.name or (title if short.count(title) == 1 else folder)
             cells.append(Cell(checkpoint.title, title, entry.metrics, offer, request))
     return cells
 

@@ -19,8 +19,11 @@ def show_results(results: Sequence[Result], as_json: bool) -> None:
     failed = [result for result in results if result.status == "failed"]
     if failed:
         log(f"{len(failed)} of {len(results)} cells failed; the same command tries them again:")
+    alike: dict[tuple[str, str | None], list[str]] = {}
     for result in failed:
-        log(f"  {result.cell.title}: error: {result.error}")
+        alike.setdefault((result.cell.checkpoint, result.error), []).append(result.cell.task)
+    for (checkpoint, error), tasks in alike.items():
+        log(f"  {checkpoint}, {', '.join(tasks)}: error: {error}")
 
 
 def _plain(result: Result) -> dict[str, Any]:
@@ -42,7 +45,7 @@ def _show_table(results: Sequence[Result]) -> None:
     rows = []
     for checkpoint in dict.fromkeys(result.cell.checkpoint for result in results):
         cells = {result.cell.task: result for result in results if result.cell.checkpoint == checkpoint}
-        rows.append([checkpoint, *(_value(cells[task], metric) for task, metric in columns)])
+        rows.append([checkpoint, *(_value(cells.get(task), metric) for task, metric in columns)])
     show_table("", ["checkpoint", *(f"{task} {metric}".strip() for task, metric in columns)], rows)
 
 
@@ -56,7 +59,9 @@ def _metrics(results: Sequence[Result]) -> Sequence[str]:
     return wanted or known[:1] or [""]
 
 
-def _value(result: Result, metric: str) -> float | str | None:
+def _value(result: Result | None, metric: str) -> float | str | None:
+    if result is None:
+        return None
     if result.record is None:
         return result.status
     found = result.record.metrics.get(metric)
