@@ -6,12 +6,12 @@ import typer
 
 
 def list_(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="recipes, protocols, tasks, methods or archs.")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="recipes, protocols, tasks, suites, methods or archs.")],
     pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="Only names like this, e.g. 'vit_small*'.")] = "*",
     table: Annotated[int | None, typer.Option(help="Of recipes, those of this table of the paper, and what it prints.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
-    """Show what there is: recipes, protocols, tasks, methods or architectures."""
+    """Show what there is: recipes, protocols, tasks, suites, methods or architectures."""
     from mte_bench.catalogue import of_table, rows
     from mte_bench.console import show_json, show_table
     from mte_bench.errors import UserError

@@ -46,7 +46,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_verbs_of_the_design_are_there() -> None:
-    wanted = {"quickstart", "pretrain", "knn", "linear", "analyze", "report", "list", "inspect", "export", "data", "doctor"}
+    evaluations = {"knn", "linear", "retrieval", "analyze", "run"}
+    wanted = {"quickstart", "pretrain", *evaluations, "report", "list", "inspect", "export", "data", "doctor"}
     assert wanted <= set(VERBS)
 
 
@@ -217,7 +218,7 @@ def test_doctor_sees_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPa
     assert cache.mend is not None and "cannot be written" in cache.mend
 
 
-@pytest.mark.parametrize("what", ["recipes", "protocols", "tasks", "methods", "archs"])
+@pytest.mark.parametrize("what", ["recipes", "protocols", "tasks", "suites", "methods", "archs"])
 def test_catalogues_list_names(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list", what, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)

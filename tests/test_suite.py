@@ -466,6 +466,8 @@ def test_submitted_workers_do_the_suite(workers: int, place: Path, undisturbed: 
     jobs = submit(load_suite(name), name, place / "out", options(place), assignments)
     assert [job.result() for job in jobs] == [0] * workers
     assert facts(place) == undisturbed
+    worker = jobs[0].submission().function
+    assert worker.checkpoint().function == worker  # what is queued again if it is pre-empted
     assert "retrieval map" in jobs[0].stdout() and (place / "out" / "slurm").is_dir()
     commands = {read_record(path).command.partition(" --")[0] for path in find_records([place / "out"])}
     assert commands >= {f"mte-bench knn '{VIT}'", f"mte-bench retrieval '{VIT}&seed=1'"}
