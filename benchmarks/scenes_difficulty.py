@@ -28,7 +28,8 @@ from mte_bench.data.scenes_cache import SceneImages
 from mte_bench.data.sources import Split, open_source
 from mte_bench.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD, EncoderSpec, build_encoder
 from mte_bench.files import atomic
-from mte_bench.knn_vote import normalise, search, vote
+from mte_bench.knn_bank import Bank
+from mte_bench.knn_vote import search, vote
 from mte_bench.records import environment
 
 PIXELS_AT_MOST, NETWORK_AT_LEAST = 45.0, 95.0
@@ -45,7 +46,7 @@ def load(spec: str, split: Split) -> tuple[Tensor, Tensor]:
 
 def knn(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor) -> float:
     """Top-1 in percent."""
-    similarities, indices = search(normalise(queries), normalise(bank), 10)
+    similarities, indices = search(queries, Bank(bank.numpy()), 10)
     ranked = vote(similarities, labels[indices], len(CLASSES), [10], 0.07)[10]
     return 100 * (ranked[:, 0] == truth).double().mean().item()
 

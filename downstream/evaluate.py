@@ -31,7 +31,7 @@ from mte_bench.device import peak_memory, pick_device, pick_precision
 from mte_bench.encoders.checkpoint import Checkpoint
 from mte_bench.errors import UserError, did_you_mean
 from mte_bench.files import atomic, hash_of
-from mte_bench.knn_vote import normalise
+from mte_bench.knn_bank import normalise
 from mte_bench.records import Cost, Data, Metric, Record, Subject, make_record
 from mte_bench.settings import load_yaml, names_in, override
 from mte_bench.statistics import bootstrap_ci

@@ -4,50 +4,41 @@ The order of neighbours is defined once, whatever finds them: by cosine similari
 and among equals by the place in the bank. A fast search in float32 proposes candidates with some to spare; their
 similarities are computed again in float64, and where a candidate that was left out could still belong to the nearest
 (duplicates, a collapsed encoder) the query is compared with the whole bank. So a result depends on neither the
-library, the device nor the block size.
+library, the device nor the block size. Nothing here needs the bank in memory: it is read in blocks.
 """
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from mte_bench.knn_bank import Bank, normalise
+from mte_bench.knn_search import Propose, propose
 
 SPARE = 32  # candidates beyond k, so that a whole-bank comparison is rarely needed
 DECIMALS = 1e10
-_BLOCK_VALUES = 1 << 25  # similarities held at once (float32: 128 MiB)
+_PAIR_VALUES = 1 << 19  # of the features compared in float64 at once
+_BLOCK_VALUES = 1 << 23  # similarities in float64 held at once (64 MiB)
+_WHOLE_ROWS = 1 << 13
 
 
-def normalise(features: Tensor) -> Tensor:
-    """Rows of ``features`` (``n c``) with unit length, float32; a zero row stays zero."""
-    return F.normalize(features.float(), dim=1)
+def search(queries: Tensor, bank: Bank, k: int, propose: Propose = propose) -> tuple[Tensor, Tensor]:
+    """The ``k`` nearest rows of ``bank`` for each of ``queries`` (``q c``, of any length and on any device).
 
-
-def search(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` nearest rows of ``bank`` (``n c``) for each of ``queries`` (``q c``), both of unit length, one device.
-
-    Returns similarities (``q k``, float64, descending) and bank indices (``q k``); ``k`` is at most ``n``.
+    Returns, on the bank's device, cosine similarities (``q k``, float64, descending) and bank indices (``q k``); ``k`` is at
+    most the rows of the bank. ``propose`` finds the candidates; the result does not depend on it.
     """
-    if queries.device.type == "mps":  # has no float64
-        queries, bank = queries.cpu(), bank.cpu()
-    size = max(1, _BLOCK_VALUES // len(bank))
-    found = []
-    for block in queries.split(size):
-        candidates = (block @ bank.T).topk(min(k + SPARE, len(bank)), dim=1)
-        found.append(refine(block, bank, k, candidates.values, candidates.indices))
-    similarities, indices = zip(*found, strict=True)
-    return torch.cat(similarities), torch.cat(indices)
+    queries = normalise(queries.cpu()).to(bank.device)
+    return refine(queries, bank, k, *propose(queries, bank, min(k + SPARE, len(bank))))
 
 
-def refine(queries: Tensor, bank: Tensor, k: int, similarities: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+def refine(queries: Tensor, bank: Bank, k: int, similarities: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """The ``k`` nearest among the candidates of a float32 search (``q m``, descending), in the defined order.
 
-    Falls back to the whole bank for queries whose candidates are not certain to include the nearest ``k``.
+    ``queries`` (``q c``) have unit length. Falls back to the whole bank for those whose candidates are not certain to include
+    the nearest ``k``.
     """
-    exact = torch.empty(indices.shape, dtype=torch.float64, device=queries.device)
-    for start in range(0, len(queries), size := max(1, _BLOCK_VALUES // (8 * indices.shape[1] * queries.shape[1]))):
-        rows = slice(start, start + size)
-        exact[rows] = torch.bmm(bank[indices[rows]].double(), queries[rows].double().unsqueeze(2)).squeeze(2)
+    exact = _cosines(queries, bank, indices)
     nearest, chosen = _first(exact, indices, k, len(bank))
     if indices.shape[1] < len(bank):
         error = 2 * float((exact - similarities).abs().max()) + 1e-7  # of the float32 search, as seen on these candidates
@@ -70,25 +61,65 @@ def vote(similarities: Tensor, labels: Tensor, classes: int, k: Sequence[int], t
     votes = torch.zeros(len(labels), classes, dtype=torch.float64)
     for stop in sorted(set(k)):
         votes.scatter_add_(1, labels[:, start:stop], weights[:, start:stop])
-        order = votes.sort(dim=1, descending=True, stable=True)
-        ranked[stop] = order.indices[:, :5].masked_fill(order.values[:, :5] == 0, -1)
+        ranked[stop] = _winners(votes, min(5, classes))
         start = stop
     return ranked
 
 
+def _winners(votes: Tensor, count: int) -> Tensor:
+    """The ``count`` classes with most votes (``q count``); ``topk`` would leave the order of equal ones open."""
+    votes, winners = votes.clone(), []
+    for _ in range(count):
+        most = votes.max(dim=1, keepdim=True)  # the first of equals
+        winners.append(most.indices.masked_fill(most.values <= 0, -1))
+        votes.scatter_(1, most.indices, -1.0)
+    return torch.cat(winners, dim=1)
+
+
+def _cosines(queries: Tensor, bank: Bank, indices: Tensor) -> Tensor:
+    """Similarities of each query (``q c``) with its candidates (``q m`` bank indices) in float64: ``q m``.
+
+    The bank is gone through once from its start to its end, as a bank in a file wants it.
+    """
+    m = indices.shape[1]
+    exact = torch.empty(indices.numel(), dtype=torch.float64, device=queries.device)
+    ascending = indices.flatten().sort()
+    size = max(1, _PAIR_VALUES // queries.shape[1])
+    for rows, pairs in zip(ascending.values.split(size), ascending.indices.split(size), strict=True):
+        distinct, place = rows.unique_consecutive(return_inverse=True)
+        found = bank.rows(distinct.cpu()).double()[place]
+        exact[pairs] = (found * queries[pairs // m].double()).sum(1)
+    return exact.view_as(indices)
+
+
+def _keys(exact: Tensor, indices: Tensor, n: int) -> Tensor:
+    """Rounded similarity and bank index (of ``n``) as one integer without ties: the larger, the nearer."""
+    return (exact * DECIMALS).round().long() * n - indices
+
+
 def _first(exact: Tensor, indices: Tensor, k: int, n: int) -> tuple[Tensor, Tensor]:
-    """The first ``k`` of each row by (rounded similarity, bank index), as one integer key that has no ties."""
-    rounded = (exact * DECIMALS).round().long()
-    order = (rounded * n - indices).topk(k, dim=1).indices
-    return rounded.gather(1, order).double() / DECIMALS, indices.gather(1, order)
+    """The first ``k`` of each row in the defined order."""
+    return _unpack(_keys(exact, indices, n).topk(k, dim=1).values, n)
 
 
-def _whole_bank(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _unpack(keys: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Similarities and bank indices again."""
+    rounded = -(-keys).div(n, rounding_mode="floor")
+    return rounded.double() / DECIMALS, rounded * n - keys
+
+
+def _whole_bank(queries: Tensor, bank: Bank, k: int) -> tuple[Tensor, Tensor]:
     """As ``refine`` with every row of the bank a candidate."""
-    n, size = len(bank), max(1, _BLOCK_VALUES // len(bank))
-    found = []
-    for block in queries.double().split(size):
-        exact = torch.cat([block @ part.double().T for part in bank.split(1 << 16)], dim=1)
-        found.append(_first(exact, torch.arange(n, device=bank.device).expand(len(block), n), k, n))
-    similarities, indices = zip(*found, strict=True)
-    return torch.cat(similarities), torch.cat(indices)
+    n = len(bank)
+    nearest = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)  # keys
+    size = max(1, _BLOCK_VALUES // _WHOLE_ROWS)
+    for start, block in bank.blocks(_WHOLE_ROWS):
+        rows, place = block.double().T, start + torch.arange(len(block), device=queries.device)
+        kept = min(k, nearest.shape[1] + len(block))
+        nearest = torch.cat(
+            [
+                torch.cat([best, _keys(part.double() @ rows, place, n)], dim=1).topk(kept, dim=1).values
+                for best, part in zip(nearest.split(size), queries.split(size), strict=True)
+            ]
+        )
+    return _unpack(nearest, n)

@@ -8,7 +8,8 @@ from mte_bench.data.sources import ImageSet, take
 from mte_bench.data.transforms import EvaluationTransform
 from mte_bench.encoders.encoder import Encoder
 from mte_bench.errors import CorruptImage
-from mte_bench.knn_vote import normalise, search, vote
+from mte_bench.knn_bank import Bank
+from mte_bench.knn_vote import search, vote
 
 MOST_BANK, MOST_QUERIES = 50_000, 5_000
 K, TEMPERATURE = 10, 0.07
@@ -37,8 +38,8 @@ def knn_top1(encoder: Encoder, bank: ImageSet, queries: ImageSet, device: torch.
     """
     features, labels = _encode(encoder, take(bank, "images", MOST_BANK), device, workers)
     asked, truth = _encode(encoder, take(queries, "images", MOST_QUERIES), device, workers)
-    similarities, indices = search(normalise(asked), normalise(features), min(K, len(features)))
-    ranked = vote(similarities, labels[indices], len(bank.classes), [similarities.shape[1]], TEMPERATURE)
+    similarities, indices = search(asked, Bank(features.cpu().numpy(), device), min(K, len(features)))
+    ranked = vote(similarities, labels.cpu()[indices.cpu()], len(bank.classes), [similarities.shape[1]], TEMPERATURE)
     return 100 * (ranked[similarities.shape[1]][:, 0] == truth.cpu()).double().mean().item()
 
 

@@ -1,4 +1,7 @@
-"""k-NN against the definition, computed image by image; against scikit-learn; and the same whatever searched."""
+"""k-NN against the definition, computed image by image; against scikit-learn; and the same whatever searched.
+
+``test_knn_search.py`` has the searches by themselves.
+"""
 
 import math
 from collections import defaultdict
@@ -9,13 +12,12 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from downstream import knn as knn_module
 from downstream.evaluate import load_protocol
 from downstream.knn import KNN, KNN_TASK, KNNProtocol, evaluate_knn
 from downstream.task import Split
-from mte_bench import knn_vote
 from mte_bench.errors import UserError
-from mte_bench.knn_vote import normalise, search, vote
+from mte_bench.knn_bank import normalise
+from mte_bench.knn_vote import vote
 
 K = (1, 10, 20, 60)
 
@@ -33,15 +35,22 @@ def unit(features):
     return (rows / rows.norm(dim=1, keepdim=True)).double().numpy()
 
 
-def by_definition(bank, labels, queries, k, temperature=0.07):
-    """Classes by votes for each query: a matrix product, a sort and a sum, in float64 and in plain Python."""
-    ranked = []
+def nearest_by_definition(bank, queries, k):
+    """Similarity and bank index of the nearest ``k`` for each query: a matrix product and a sort, in float64 and plain Python."""
+    found = []
     for row in unit(queries) @ unit(bank).T:
         rounded = [round(float(value), 10) for value in row]
-        nearest = sorted(range(len(rounded)), key=lambda i: (-rounded[i], i))[:k]
+        found.append([(rounded[i], i) for i in sorted(range(len(rounded)), key=lambda i: (-rounded[i], i))[:k]])
+    return found
+
+
+def by_definition(bank, labels, queries, k, temperature=0.07, nearest=None):
+    """Classes by votes for each query: a sum and a sort."""
+    ranked = []
+    for row in nearest or nearest_by_definition(bank, queries, k):
         votes = defaultdict(float)
-        for i in nearest:
-            votes[int(labels[i])] += math.exp(rounded[i] / temperature)
+        for similarity, i in row[:k]:
+            votes[int(labels[i])] += math.exp(similarity / temperature)
         found = sorted(votes, key=lambda c: (-votes[c], c))[:5]
         ranked.append(found + [-1] * (5 - len(found)))
     return np.array(ranked)
@@ -68,7 +77,7 @@ def collapsed():
     return np.ones((600, 24), np.float32), labels, np.ones((20, 24), np.float32)
 
 
-CASES = {
+CASES = {  # bank, labels, queries
     "clusters": (*clusters(900), clusters(300, seed=5)[0]),
     "duplicates": duplicates(),
     "near duplicates": near_duplicates(),
@@ -76,15 +85,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("searched_by", ["faiss", "torch"])
 @pytest.mark.parametrize("case", CASES)
-def test_every_prediction_is_that_of_a_plain_matrix_product_with_the_same_vote(case, searched_by, monkeypatch):
+def test_every_prediction_is_that_of_a_plain_matrix_product_with_the_same_vote(case):
     bank, labels, queries = CASES[case]
-    if searched_by == "torch":
-        monkeypatch.setattr(knn_module, "_faiss", lambda *_: None)
-    found = KNN(k=K).fit(bank, labels).predict(queries)
-    for k in K:
-        assert np.array_equal(found[k], by_definition(bank, labels, queries, k))
+    nearest = nearest_by_definition(bank, queries, max(K))
+    for library in ("tiles", "torch", "faiss"):
+        found = KNN(k=K, temperature=(0.07, 0.5), library=library).fit(bank, labels).predict(queries)
+        assert list(found) == [(k, temperature) for k in K for temperature in (0.07, 0.5)]
+        for k, temperature in found:
+            expected = by_definition(bank, labels, queries, k, temperature, nearest)
+            assert np.array_equal(found[k, temperature], expected), library
 
 
 def test_float32_alone_would_get_near_duplicates_wrong():
@@ -97,18 +107,9 @@ def test_float32_alone_would_get_near_duplicates_wrong():
     assert (plain[1] != exact.numpy()).any()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_neighbours_do_not_depend_on_blocks(case, monkeypatch):
-    bank, _, queries = (normalise(torch.from_numpy(x)) if x.ndim == 2 else x for x in CASES[case])
-    whole = search(queries, bank, 20)
-    monkeypatch.setattr(knn_vote, "_BLOCK_VALUES", 5 * len(bank))
-    blocks = search(queries, bank, 20)
-    assert torch.equal(whole[1], blocks[1]) and torch.equal(whole[0], blocks[0])
-
-
 def test_whole_bank_as_neighbours():
     bank, labels = clusters(50)
-    assert np.array_equal(KNN(k=(50,)).fit(bank, labels).predict(bank)[50], by_definition(bank, labels, bank, 50))
+    assert np.array_equal(KNN(k=(50,)).fit(bank, labels).predict(bank)[50, 0.07], by_definition(bank, labels, bank, 50))
 
 
 def test_scikit_learn_agrees():
@@ -116,7 +117,7 @@ def test_scikit_learn_agrees():
     queries = clusters(300, seed=5)[0]
     peer = KNeighborsClassifier(20, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07))
     expected = peer.fit(bank.astype(np.float64), labels).predict(queries.astype(np.float64))
-    assert np.array_equal(KNN(k=(20,)).fit(bank, labels).predict(queries)[20][:, 0], expected)
+    assert np.array_equal(KNN(k=(20,)).fit(bank, labels).predict(queries)[20, 0.07][:, 0], expected)
 
 
 def test_an_image_of_the_bank_is_its_own_nearest_neighbour():
@@ -154,14 +155,15 @@ def evaluate(k, bank=50):
 def test_the_evaluation_leaves_out_k_larger_than_the_bank_and_says_so(capsys):
     outcome = evaluate(K)
     assert list(outcome.metrics) == ["top1_k1", "top5_k1", "top1_k10", "top5_k10", "top1_k20", "top5_k20"]
-    assert outcome.details == {"k_larger_than_bank": [60]} and "k = 60 left out" in capsys.readouterr().err
+    assert outcome.details == {"k_larger_than_bank": [60], "searched_by": "tiles"}
+    assert "k = 60 left out" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"50 images, fewer than the smallest k.*--set k=\[50\]"):
         evaluate((60, 70))
 
 
 def test_top_5_counts_where_the_label_is_among_the_five():
     queries, truth = clusters(40, seed=5)
-    ranked = KNN(k=(20,)).fit(*clusters(50)).predict(queries)[20]
+    ranked = KNN(k=(20,)).fit(*clusters(50)).predict(queries)[20, 0.07]
     outcome = evaluate((20,))
     assert outcome.metrics["top5_k20"].correct.mean() == np.mean([label in row for row, label in zip(ranked, truth, strict=True)])
     assert outcome.metrics["top1_k20"].correct.mean() == np.mean(ranked[:, 0] == truth)

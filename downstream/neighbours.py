@@ -1,0 +1,97 @@
+"""What looks for the neighbours, and where: tiles on a CPU, FAISS or torch on one accelerator or several.
+
+The rule of ``auto``: a CPU searches in tiles (``mte_bench.knn_search``), which ``benchmarks/knn_scale.py`` found ahead of
+FAISS there. CUDA devices take FAISS where its GPU build is installed and finds so many neighbours, else torch. ``cuda:1`` is
+that one device; ``cuda`` is all that are visible: each searches a share of the bank, and the best of all shares are kept.
+Whatever proposes, the neighbours are the same, because ``mte_bench.knn_vote.refine`` decides. The searches on CUDA have been
+measured nowhere yet.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mte_bench.errors import UserError, did_you_mean
+from mte_bench.knn_bank import Bank
+from mte_bench.knn_search import PLAIN_ROWS, Nearest, Propose, best_of, plain, propose_by_blocks, propose_in_tiles
+
+LIBRARIES = ("auto", "tiles", "torch", "faiss")
+_MOST_ON_GPU = 2048  # neighbours that FAISS selects on a GPU
+
+
+def proposer(library: str, device: torch.device, m: int) -> tuple[str, Propose]:
+    """The search for ``m`` candidates on ``device`` and its name; ``library`` is one of ``LIBRARIES``.
+
+    Raises ``UserError`` if it is none of them or cannot search there.
+    """
+    if library not in LIBRARIES:
+        raise UserError(f"k-NN library '{library}': one of {', '.join(LIBRARIES)}{did_you_mean(library, LIBRARIES)}")
+    cuda = device.type == "cuda"
+    if library == "auto":
+        library = "tiles" if not cuda else "faiss" if _faiss_on_gpu(m) else "torch"
+    if library == "tiles" and cuda:
+        raise UserError("k-NN library 'tiles' searches on a CPU; take torch or faiss on CUDA")
+    if library == "faiss" and cuda and not _faiss_on_gpu(m):
+        raise UserError(
+            f"k-NN library 'faiss': on CUDA it needs its GPU build and at most {_MOST_ON_GPU} candidates (here {m}); take torch"
+        )
+    if library == "tiles":
+        return library, propose_in_tiles
+    return library, partial(_on_devices, devices=_devices(device), library=_faiss if library == "faiss" else _torch)
+
+
+def _faiss_on_gpu(m: int) -> bool:
+    import faiss
+
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0 and m <= _MOST_ON_GPU
+
+
+def _devices(device: torch.device) -> list[torch.device]:
+    """``cuda`` without a number is every one that is visible; all others are themselves."""
+    if str(device) == "cuda":
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [torch.device("cpu") if device.type == "mps" else device]
+
+
+def _on_devices(
+    queries: Tensor,
+    bank: Bank,
+    m: int,
+    devices: list[torch.device],
+    library: Callable[[torch.device], Nearest],
+) -> tuple[Tensor, Tensor]:
+    """A ``Propose`` that gives each of ``devices`` an equal share of the bank, in order, and all queries."""
+    edges = [len(bank) * place // len(devices) for place in range(len(devices) + 1)]
+
+    def search(device: torch.device, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        blocks = Bank(bank.features, device).blocks(PLAIN_ROWS, start, stop)
+        return propose_by_blocks(queries.to(device), blocks, m, library(device))
+
+    with ThreadPoolExecutor(len(devices)) as threads:
+        found = list(threads.map(search, devices, edges[:-1], edges[1:]))
+    values, indices = zip(*found, strict=True)
+    return best_of([part.to(bank.device) for part in values], [part.to(bank.device) for part in indices], m)
+
+
+def _faiss(device: torch.device) -> Nearest:
+    """FAISS's exact search by inner product on ``device``, without the copy of the bank that an index makes."""
+    import faiss
+
+    metric = faiss.METRIC_INNER_PRODUCT
+    if device.type == "cuda":
+        find = partial(faiss.knn_gpu, faiss.StandardGpuResources(), metric=metric, device=device.index or 0)
+    else:
+        find = partial(faiss.knn, metric=metric)
+
+    def nearest(queries: Tensor, block: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        values, places = find(queries.cpu().numpy(), block.cpu().numpy(), k)
+        return torch.from_numpy(values).to(device), torch.from_numpy(places).to(device)
+
+    return nearest
+
+
+def _torch(_device: torch.device) -> Nearest:
+    return plain
