@@ -7,12 +7,20 @@ Source: DINO ``eval_knn.py``; MTE reports k = 10. With few images of each class:
 import time
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 from torch import Tensor
 
 from downstream.neighbours import proposer
@@ -33,8 +41,7 @@ class KNN:
 
     Args:
         k: numbers of neighbours; all are answered from one search of the largest.
-        temperature: each neighbour's vote weighs exp(cosine similarity / temperature); several are answered from the same
-            search.
+        temperature: each neighbour's vote weighs exp(cosine similarity / temperature); all are answered from that search.
         device: where the search runs; ``cuda`` is all visible devices, ``cuda:1`` that one.
         library: what searches, one of ``downstream.neighbours.LIBRARIES``; the neighbours do not depend on it.
 
@@ -49,7 +56,7 @@ class KNN:
     def __init__(
         self,
         k: Sequence[int] = (10, 20, 100, 200),
-        temperature: float | Sequence[float] = 0.07,
+        temperature: Sequence[float] = (0.07,),
         device: str | torch.device = "cpu",
         library: str = "auto",
     ):
@@ -81,10 +88,10 @@ class KNN:
 
     def predict(self, features: NDArray[np.floating]) -> dict[tuple[int, float], NDArray[np.int64]]:
         """For each ``k`` and temperature, the classes of ``features`` (``q c``) by votes: ``q 5``, -1 where none has any left."""
-        ranked: dict[tuple[int, float], list[Tensor]] = {key: [] for key in product(self.k, _several(self.temperature))}
+        ranked: dict[tuple[int, float], list[Tensor]] = {key: [] for key in product(self.k, self.temperature)}
         for found in self._searched(features):
             for similarities, indices in zip(*(part.cpu().split(_VOTERS) for part in found), strict=True):
-                for temperature in _several(self.temperature):
+                for temperature in self.temperature:
                     votes = vote(similarities, self.labels_[indices], self.classes_, self.k, temperature)
                     for k, classes in votes.items():
                         ranked[k, temperature].append(classes)
@@ -103,10 +110,6 @@ def _query_bytes(k: int) -> int:
     return state_bytes(k + SPARE) + 40 * (k + SPARE)
 
 
-def _several(value: float | Sequence[float]) -> tuple[float, ...]:
-    return tuple(value) if isinstance(value, Sequence) else (value,)
-
-
 class FewShot(Settings):
     """Banks of a few train images of each class, drawn at random. Source: DINOv2 ``eval/knn.py``."""
 
@@ -117,20 +120,29 @@ class FewShot(Settings):
     seed: NonNegativeInt
 
 
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
 class KNNProtocol(FeatureProtocol):
     """Settings of k-NN."""
 
     k: tuple[PositiveInt, ...] = Field(min_length=1)
     """Numbers of neighbours; those larger than the bank are left out, with a remark."""
-    temperature: PositiveFloat | tuple[PositiveFloat, ...]
-    """One, or several that are all reported, each metric then named with its temperature."""
+    temperature: Annotated[tuple[PositiveFloat, ...], Field(min_length=1), BeforeValidator(_as_list)]
+    """One, or a list: all are reported, each metric then named with its temperature."""
     few_shot: FewShot | None = None
     """In place of the whole bank. Of k, those up to the images per class are taken, and that number itself."""
 
     @model_serializer(mode="wrap")
-    def _without_few_shot(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Settings without few-shot banks are written, and hashed, as they were before there were any."""
-        return {key: value for key, value in write(self).items() if key != "few_shot" or value is not None}
+    def _as_in_a_file(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """One temperature as a number, and nothing about few-shot banks where there are none."""
+        values = write(self)
+        if len(self.temperature) == 1:
+            values["temperature"] = self.temperature[0]
+        if self.few_shot is None:
+            values.pop("few_shot", None)
+        return values
 
     def for_smoke(self) -> Self:
         """One draw of each few-shot bank."""
@@ -157,8 +169,8 @@ def _metrics(knn: KNN, val: Split, classes: int, prefix: str = "", suffix: str =
     """``top1_k10``, or of several temperatures ``top1_k10_t0.07``, and so on."""
     metrics: dict[str, Predictions] = {}
     for (k, temperature), ranked in knn.predict(val.features).items():
-        name = f"_k{k}" + (f"_t{temperature:g}" if isinstance(knn.temperature, Sequence) and len(knn.temperature) > 1 else "")
-        metrics |= top_metrics(ranked, val.labels, classes, prefix + name + suffix)
+        name = f"{prefix}_k{k}" + (f"_t{temperature:g}" if len(knn.temperature) > 1 else "")
+        metrics |= top_metrics(ranked, val.labels, classes, name + suffix)
     return metrics
 
 
@@ -183,8 +195,8 @@ def _evaluate_few_shot(protocol: KNNProtocol, few: FewShot, train: Split, val: S
         log(f"{name}: mean {found['mean']:.2f}, {spread}")
     counts = np.unique(train.labels, return_counts=True)[1]
     short = {str(n): int((counts < n).sum()) for n in few.per_class if (counts < n).any()}
-    for n, fewer in short.items():
-        log(f"{fewer} classes have fewer than {n} images and give all of them")
+    for size, fewer in short.items():
+        log(f"{fewer} classes have fewer than {size} images and give all of them")
     details = {"over_draws": over_draws, "draws": few.draws, "classes_with_fewer": short, "searched_by": knn.library_}
     return Outcome(metrics, details)
 

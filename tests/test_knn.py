@@ -148,7 +148,7 @@ def evaluate(k, bank=50):
     features, labels = clusters(bank)
     queries, truth = clusters(40, seed=5)
     classes = tuple("abcdefg")
-    protocol = KNNProtocol(task="knn", version=1, feature="global", image_size=None, resize=None, k=k, temperature=0.07)
+    protocol = KNNProtocol(task="knn", version=1, feature="global", image_size=None, resize=None, k=k, temperature=(0.07,))
     return evaluate_knn(protocol, Split(features, labels, classes), Split(queries, truth, classes), torch.device("cpu"))
 
 
