@@ -3,8 +3,8 @@
 The rule of ``auto``: a CPU searches in tiles (``mte_bench.knn_search``), which ``benchmarks/knn_scale.py`` found ahead of
 FAISS there. CUDA devices take FAISS where its GPU build is installed and finds so many neighbours, else torch. ``cuda:1`` is
 that one device; ``cuda`` is all that are visible: each searches a share of the bank, and the best of all shares are kept.
-Whatever proposes, the neighbours are the same, because ``mte_bench.knn_vote.refine`` decides. The searches on CUDA have been
-measured nowhere yet.
+Whatever proposes, the neighbours are the same, because ``mte_bench.knn_vote.refine`` decides. The searches on CUDA have not
+run on such devices yet: what is tested is the sharing, on CPUs, and the rule.
 """
 
 from collections.abc import Callable
