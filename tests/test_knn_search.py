@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,6 +206,7 @@ def test_ten_times_the_bank_takes_the_same_memory(tmp_path):
                 check=True,
                 capture_output=True,
                 text=True,
+                cwd=Path(__file__).parents[1],
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             ).stdout
         )
