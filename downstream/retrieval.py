@@ -18,7 +18,8 @@ from downstream.neighbour_picture import Answers, draw_neighbours
 from downstream.task import FeatureProtocol, Outcome, Predictions, Split, Task, TaskEstimate
 from mte_bench.data.transforms import EvaluationTransform
 from mte_bench.errors import UserError
-from mte_bench.knn_vote import SPARE, normalise, refine
+from mte_bench.knn_bank import Bank
+from mte_bench.knn_vote import SPARE, refine
 
 SHOWN = 6  # queries in the picture
 SHOWN_NEIGHBOURS = 8
@@ -53,8 +54,9 @@ def retrieve(queries: Split, bank: Split, k: int, device: torch.device, itself: 
     class among all that are at least as similar (scikit-learn's ``average_precision_score``), so that equal similarities
     have no order. Needs memory for both sets of features in float32 and for some 128 MiB blocks.
     """
-    asked = normalise(torch.from_numpy(np.array(queries.features)).to(device))
-    answers = asked if itself else normalise(torch.from_numpy(np.array(bank.features)).to(device))
+    asked = Bank(queries.features, device).rows(slice(None))
+    among = Bank(queries.features if itself else bank.features, device)
+    answers = asked if itself else among.rows(slice(None))
     members = {int(label): np.flatnonzero(bank.labels == label) for label in np.unique(queries.labels)}
     wanted = min(k + itself, len(answers))
     similarities, indices, precisions = [], [], []
@@ -63,7 +65,7 @@ def retrieve(queries: Split, bank: Split, k: int, device: torch.device, itself: 
         block = asked[start : start + size]
         products = block @ answers.T
         candidates = products.topk(min(wanted + SPARE, len(answers)), dim=1)
-        nearest, chosen = (part.cpu() for part in refine(block, answers, wanted, candidates.values, candidates.indices))
+        nearest, chosen = (part.cpu() for part in refine(block, among, wanted, candidates.values, candidates.indices))
         if itself:
             nearest, chosen = _without(nearest, chosen, torch.from_numpy(rows), k)
             products[torch.arange(len(rows)), torch.from_numpy(rows)] = -torch.inf

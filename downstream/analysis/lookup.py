@@ -63,9 +63,9 @@ def predictions(protocol: NeighbourProtocol, seen: Seen, members: Sequence[int])
     assert seen.bank is not None
     if protocol.k > len(seen.bank.labels):
         raise UserError(f"k {protocol.k}: the bank has {len(seen.bank.labels)} images; set a smaller k or a larger bank")
-    knn = KNN((protocol.k,), protocol.temperature, torch.device("cpu"))
+    knn = KNN((protocol.k,), (protocol.temperature,), torch.device("cpu"))
     knn.fit(joined([seen.bank.arrays[place] for place in members]), seen.bank.labels)
-    return knn.predict(joined([seen.arrays[place] for place in members]))[protocol.k][:, 0]
+    return knn.predict(joined([seen.arrays[place] for place in members]))[protocol.k, protocol.temperature][:, 0]
 
 
 def by_class(right: NDArray[np.bool_], labels: NDArray[np.int64], classes: int) -> Floats:
