@@ -14,6 +14,7 @@ Out = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the reco
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting of the protocol.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[str, typer.Option(help="Of the encoder: auto (bfloat16 where native), float32, bfloat16, float16.")]
+FeatureDtype = Annotated[str, typer.Option(help="How features are kept: auto (16 bits if --precision is), float32, float16.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Images per forward pass (default: 256 on CUDA, else 64).")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that decode images (default: by the number of cores).")]
 Cache = Annotated[str | None, typer.Option(metavar="DIR", help="Folder that keeps features (default: the user's cache).")]
@@ -33,6 +34,7 @@ def knn(
     set_: Set = None,
     device: Device = "auto",
     precision: Precision = "auto",
+    feature_dtype: FeatureDtype = "auto",
     batch_size: BatchSize = None,
     workers: Workers = None,
     cache: Cache = None,
@@ -58,6 +60,7 @@ def linear(
     set_: Set = None,
     device: Device = "auto",
     precision: Precision = "auto",
+    feature_dtype: FeatureDtype = "auto",
     batch_size: BatchSize = None,
     workers: Workers = None,
     cache: Cache = None,

@@ -12,13 +12,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from downstream.features import Features, Pass, extract
+from downstream.features import FeatureDtype, Features, Pass, extract
 from downstream.job import Job, Opened, Wanted
 from downstream.plan import Part, plan, show_plan
 from downstream.task import I_co, ImageProtocol, P, Split, Task, WithProtocol
@@ -27,7 +27,7 @@ from mte_bench.console import log, show_json, show_table
 from mte_bench.data.sources import SPLITS, ImageSet, Subset, parse_source, require_classes
 from mte_bench.data.sources import Split as SplitName
 from mte_bench.data.transforms import EvaluationTransform
-from mte_bench.device import peak_memory, pick_device, pick_precision
+from mte_bench.device import Place, peak_memory, pick_device, pick_precision
 from mte_bench.encoders.checkpoint import Checkpoint
 from mte_bench.errors import UserError, did_you_mean
 from mte_bench.files import atomic, hash_of
@@ -54,6 +54,7 @@ class Request:
     out: str | None = None
     device: str = "auto"
     precision: str = "auto"
+    feature_dtype: str = "auto"
     batch_size: int | None = None
     workers: int | None = None
     cache: str | None = None
@@ -78,11 +79,17 @@ def load_protocol(task: WithProtocol[I_co], name: str, assignments: tuple[str, .
 def evaluate(task: Task[P], request: Request) -> Record | None:
     """Do what ``request`` asks of ``task`` and show the result; returns the record, or None for a dry run.
 
+    Processes under ``torchrun`` share the extraction of features; the first one does the rest, the others return None.
     Raises ``UserError`` for everything that the user can mend.
     """
     job = prepare(task, request, Opened())
     if request.dry_run:
         show_plan(job.plan(), request.json)
+        return None
+    how = pass_of(request)
+    if how.rank > 0:
+        for part, images, kinds in job.wanted:
+            extract(part.checkpoint.encoder, part.checkpoint.sha256, images, part.transform, kinds, how)
         return None
     record = job.run()
     show_result(record, request.json)
@@ -226,8 +233,12 @@ def show_result(record: Record, as_json: bool) -> None:
 
 def pass_of(request: Request) -> Pass:
     """How ``request`` has the encoder go over the images."""
-    device = pick_device(request.device)
+    place = Place.of_this_process()
+    device = place.own(pick_device(request.device))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // place.local_processes)
+    if request.feature_dtype not in (known := get_args(FeatureDtype)):
+        raise UserError(f"--feature-dtype {request.feature_dtype}: unknown{did_you_mean(request.feature_dtype, known)}")
     return Pass(
         device=device,
         precision=pick_precision(request.precision, device),
@@ -236,6 +247,9 @@ def pass_of(request: Request) -> Pass:
         workers=min(cores if device.type == "cuda" else cores // 2, MOST_WORKERS) if request.workers is None else request.workers,
         allow_corrupt=request.allow_corrupt,
         cache=None if request.cache is None else Path(request.cache),
+        feature_dtype=cast(FeatureDtype, request.feature_dtype),
+        rank=place.rank,
+        processes=place.processes,
     )
 
 
@@ -259,7 +273,7 @@ def require_labels(*splits: ImageSet) -> None:
 def evaluation_transform(checkpoint: Checkpoint, protocol: ImageProtocol) -> EvaluationTransform:
     """How the images come to the encoder of ``checkpoint``."""
     spec = checkpoint.encoder.spec
-    transform = EvaluationTransform.for_size(spec.image_size, spec.mean, spec.std)
+    transform = EvaluationTransform.for_size(spec.side, spec.mean, spec.std)
     if protocol.resize is None:
         return transform
     return EvaluationTransform.check({**transform.model_dump(), "resize": protocol.resize}, "protocol: resize")

@@ -4,12 +4,15 @@ A folder holds one kind of feature of one split under one encoder: ``features.np
 ``numpy.load(..., mmap_mode="r")``) and ``features.json``, which says what they are and which blocks of rows are written,
 each with a checksum. It is replaced only after the rows have reached the disk. Whoever opens the folder reads the
 blocks through and trusts those that match; the work goes on behind them. A lock lets one process at a time do this.
+
+Processes that share the work each fill folders of the same kind inside (``piece``), which are then joined.
 """
 
 import fcntl
 import io
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,9 +79,10 @@ class FeatureStore:
         return np.memmap(self._path, self.dtype, "r", offset=len(self._header(0)), shape=(count, self.width))
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder for this process, waiting for another that has it; opens the store, closes it at the end.
+    def locked(self, wait: bool = True) -> Iterator[bool]:
+        """Hold the folder for this process; opens the store, closes it at the end.
 
+        Waits for another process that has it, or, if it shall not ``wait``, yields False and holds nothing.
         The lock is a POSIX one: it ends with the process however that ends, and children do not inherit it.
         """
         with self._explained():
@@ -89,15 +93,44 @@ class FeatureStore:
                 try:
                     fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except (BlockingIOError, PermissionError):
+                    if not wait:
+                        yield False
+                        return
                     log("another process is extracting the same features; waiting for it")
                     fcntl.lockf(lock, fcntl.LOCK_EX)
             self.read()
-            yield
+            yield True
         finally:
             if self._file is not None:
                 self._file.close()
                 self._file = None
             lock.close()
+
+    def finished(self, images: int) -> bool:
+        """Whether all ``images`` are said to be done. Needs no lock, opens nothing and reads no rows."""
+        blocks = self._said()
+        return bool(blocks) and blocks[-1].images == images
+
+    def piece(self, start: int, stop: int) -> "FeatureStore":
+        """A store of its own for the images from ``start`` to ``stop``, which it counts from 0."""
+        return FeatureStore(self._pieces, {**self.about, "images": [start, stop]}, self.dtype.type)
+
+    @property
+    def shared(self) -> bool:
+        """Whether pieces are there, of a pass that several processes share."""
+        return self._pieces.exists()
+
+    def take_over(self, piece: "FeatureStore", start: int, stop: int) -> None:
+        """Append the rows of a ``piece`` that is complete and locked, and make them count."""
+        rows = piece.rows
+        for first in range(0, len(rows), size := max(1, _READ // max(1, rows[:1].nbytes))):
+            self.append(rows[first : first + size])
+        corrupt = [item._replace(image=start + item.image) for item in piece.corrupt]
+        self.commit(stop, corrupt, piece.seconds, piece.waiting)
+
+    def forget_pieces(self) -> None:
+        """Remove what the pieces take on the disk."""
+        shutil.rmtree(self._pieces, ignore_errors=True)
 
     def resumable(self, batch_size: int) -> set[int]:
         """Numbers of images behind which a pass with this batch size can go on."""
@@ -112,6 +145,8 @@ class FeatureStore:
         self.corrupt = [corrupt for corrupt in self.corrupt if corrupt.image < images]
         self._rows = self.blocks[-1].rows if self.blocks else 0
         self._checksum = 0
+        if self._file is not None:
+            self._file.close()
         with self._explained():
             # Unbuffered: what could not be written fails here and not once more when the file is closed.
             self._file = open(self._path, "r+b" if self.blocks else "wb", buffering=0)  # noqa: SIM115 - closed with the lock
@@ -154,6 +189,10 @@ class FeatureStore:
         return self.folder / "features.npy"
 
     @property
+    def _pieces(self) -> Path:
+        return self.folder / "pieces"
+
+    @property
     def _state(self) -> Path:
         return self.folder / "features.json"
 
@@ -178,17 +217,21 @@ class FeatureStore:
 
     def read(self) -> None:
         """Read the state and keep the blocks whose bytes are as they were written."""
+        blocks = self._said()
+        self.blocks = self._intact(blocks)
+        if len(self.blocks) < len(blocks):
+            log(f"{self._path}: damaged behind image {self.images}; extracting again from there")
+
+    def _said(self) -> list[Block]:
+        """Read the state; returns the blocks that it lists."""
         try:
             state = json.loads(self._state.read_text(encoding="utf-8"))
             self.batch_size, self.width = int(state["batch_size"]), int(state["width"])
             self.seconds, self.waiting = float(state["seconds"]), float(state["waiting"])
             self.corrupt = [Corrupt(*item) for item in state["corrupt"]]
-            blocks = [Block(*item) for item in state["blocks"]]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            blocks = []
-        self.blocks = self._intact(blocks)
-        if len(self.blocks) < len(blocks):
-            log(f"{self._path}: damaged behind image {self.images}; extracting again from there")
+            return [Block(*item) for item in state["blocks"]]
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+            return []
 
     def _intact(self, blocks: list[Block]) -> list[Block]:
         """The leading blocks whose checksums match."""

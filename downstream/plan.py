@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from downstream.features import Pass, encode_batch, extracted
@@ -48,7 +49,7 @@ def plan(
         "feature_width": width,
         "feature_steps": sum(math.ceil(left / how.batch_size) for left in todo),
         "feature_images_cached": sum(one.done for one in passes),
-        "feature_bytes": images * width * (4 if how.precision == torch.float32 else 2),
+        "feature_bytes": images * width * np.dtype(how.dtype).itemsize,
         "feature_seconds": _short(sum(left * one.seconds for left, one in zip(todo, passes, strict=True))),
         "task_seconds": _short(estimate.seconds),
         "task_memory_bytes": estimate.memory_bytes,

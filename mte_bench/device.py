@@ -1,9 +1,11 @@
 """Where and in what precision the computing is done."""
 
 import ctypes
+import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +26,28 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from error
     return device
+
+
+class Place(NamedTuple):
+    """Which of the processes that ``torchrun`` started this one is; alone without it."""
+
+    rank: int = 0
+    processes: int = 1
+    local_rank: int = 0
+    local_processes: int = 1
+    """Those on this machine."""
+
+    @classmethod
+    def of_this_process(cls) -> "Place":
+        """As ``torchrun`` says in the environment."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        return cls(*(int(os.environ.get(name, default)) for name, default in zip(names, cls(), strict=True)))
+
+    def own(self, device: torch.device) -> torch.device:
+        """Of several GPUs, this process's share; any other device as it is."""
+        if device.type != "cuda" or self.local_processes == 1:
+            return device
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:

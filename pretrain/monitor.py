@@ -53,7 +53,7 @@ def classifier_top1(encoder: Encoder, head: nn.Module, queries: ImageSet, device
 @torch.no_grad()
 def _encode(encoder: Encoder, images: ImageSet, device: torch.device, workers: int) -> tuple[Tensor, Tensor]:
     """Global tokens ``n c`` and labels of the images that have one and can be read."""
-    transform = EvaluationTransform.for_size(encoder.spec.image_size, encoder.spec.mean, encoder.spec.std)
+    transform = EvaluationTransform.for_size(encoder.spec.side, encoder.spec.mean, encoder.spec.std)
     loader = DataLoader(_Images(images, transform), batch_size=256, num_workers=workers)
     was_training = encoder.training
     encoder.eval().use_drop_path(None)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from downstream import features
-from downstream.features import KINDS, Pass, extract, extracted
+from downstream import feature_store, features
+from downstream.features import Pass, extract, extracted
 from mte_bench.data.sources import ImageSet
 from mte_bench.data.transforms import EvaluationTransform
 from mte_bench.encoders.encoder import EncoderSpec, build_encoder
@@ -92,14 +92,15 @@ def test_kinds_share_one_pass_and_only_what_is_missing_is_computed(tmp_path):
     assert np.array_equal(third.arrays["global"], found.arrays["global"])
 
 
-def test_a_kind_can_ask_for_blocks(tmp_path, monkeypatch):
-    monkeypatch.setitem(KINDS, "first-block", KINDS["global"]._replace(compute=lambda t: t.blocks[0][0], blocks=(0,)))
-    monkeypatch.setitem(
-        KINDS, "both-blocks", KINDS["global"]._replace(compute=lambda t: torch.cat([b[0] for b in t.blocks], 1), blocks=(-1, 0))
-    )
-    found = extract(encoder(), "w", Drawn(), TRANSFORM, ["both-blocks", "first-block"], how(tmp_path))
-    assert found.arrays["both-blocks"].shape == (40, 64)
-    assert np.array_equal(found.arrays["both-blocks"][:, 32:], found.arrays["first-block"])
+def test_kinds_of_one_pass_get_what_each_needs(tmp_path):
+    """Blocks and attention that one kind asks for do not reach another."""
+    kinds = ["cls-last1", "patches-top2", "cls-last2", "patches", "global"]
+    together = extract(encoder(), "w", Drawn(), TRANSFORM, kinds, how(tmp_path / "together")).arrays
+    for kind in kinds:
+        alone = extract(encoder(), "w", Drawn(), TRANSFORM, [kind], how(tmp_path / "alone")).arrays
+        assert np.array_equal(together[kind], alone[kind])
+    assert together["cls-last2"].shape == (40, 64) and together["patches"].shape == (40, 4 * 32)
+    assert np.array_equal(together["cls-last2"][:, 32:], together["cls-last1"])
 
 
 def test_workers_change_nothing(tmp_path, whole):
@@ -109,24 +110,51 @@ def test_workers_change_nothing(tmp_path, whole):
 
 
 def test_whatever_determines_a_feature_is_part_of_its_key(tmp_path):
-    def cached(weights="w", images=None, transform=TRANSFORM, precision=torch.float32, kind="global", spec=SPEC):
+    def cached(weights="w", images=None, transform=TRANSFORM, kind="global", spec=SPEC, **options):
         model = build_encoder(spec).eval()
-        return extract(model, weights, images or Drawn(8), transform, [kind], how(tmp_path, precision=precision)).cached
+        return extract(model, weights, images or Drawn(8), transform, [kind], how(tmp_path, **options)).cached
 
     assert not cached() and cached()
     assert not cached(weights="other")
     assert not cached(images=Drawn(8, fingerprint="other"))
     assert not cached(transform=TRANSFORM.model_copy(update={"resize": 16}))
     assert not cached(precision=torch.bfloat16)
+    assert not cached(feature_dtype="float16")
+    assert not cached(feature_dtype="float32", precision=torch.bfloat16)
     assert not cached(kind="patch-mean")
     assert not cached(spec=SPEC.model_copy(update={"options": {**SPEC.options, "num_heads": 4}}))
-    assert cached()
+    assert not cached(spec=SPEC.model_copy(update={"resize_positions": "dino"}))
+    assert cached() and cached(batch_size=4, workers=1, rank=1, processes=2, feature_dtype="float32")
 
 
 def test_a_pass_in_16_bits_is_kept_in_16_bits(tmp_path, whole):
     found = extract(encoder(), "w", Drawn(), TRANSFORM, how=how(tmp_path, precision=torch.bfloat16)).arrays["global"]
     assert found.dtype == np.float16
     assert 0 < np.abs(found - whole).max() < 0.1
+
+
+def test_features_are_kept_in_the_type_that_is_asked_for(tmp_path, whole):
+    half = extract(encoder(), "w", Drawn(), TRANSFORM, how=how(tmp_path, feature_dtype="float16")).arrays["global"]
+    assert half.dtype == np.float16 and np.array_equal(half, whole.astype(np.float16))
+    wide = how(tmp_path, feature_dtype="float32", precision=torch.bfloat16)
+    assert extract(encoder(), "w", Drawn(), TRANSFORM, how=wide).arrays["global"].dtype == np.float32
+
+
+def test_features_too_large_for_16_bits_are_refused(tmp_path):
+    model = encoder()
+    with torch.no_grad():
+        model.model.norm.bias[0] = 1e5
+    with pytest.raises(UserError, match=r"global feature of 0\.png is not finite.*--feature-dtype float32"):
+        extract(model, "w", Drawn(), TRANSFORM, how=how(tmp_path, feature_dtype="float16"))
+
+
+def test_what_is_kept_is_read_through_once(tmp_path, monkeypatch):
+    """A bank of millions of images is gigabytes: its checksums are compared once per extraction, not more."""
+    extract(encoder(), "w", Drawn(), TRANSFORM, how=how(tmp_path))
+    read, checksum = [], feature_store.zlib.crc32
+    monkeypatch.setattr(feature_store.zlib, "crc32", lambda data, start: read.append(len(data)) or checksum(data, start))
+    assert extract(encoder(), "w", Drawn(), TRANSFORM, how=how(tmp_path)).cached
+    assert sum(read) == 40 * 32 * 4
 
 
 def test_finished_features_open_as_an_ordinary_npy_file(tmp_path, whole):

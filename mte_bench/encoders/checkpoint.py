@@ -7,8 +7,8 @@
 - ``timm:NAME``: pre-trained weights through timm
 - ``random:NAME``, ``random:RUN``: untrained, drawn as pre-training draws its start; ``?seed=N`` chooses the draw
 
-Each may end in ``?option=value&...``: settings of ``EncoderSpec`` (``image_size``, ``patch_size``, ``mean``, ``std``) or
-further arguments of the timm model. Nothing is ever unpickled that could run code.
+Each may end in ``?option=value&...``: settings of ``EncoderSpec`` (``image_size``, also ``[height, width]``, ``patch_size``,
+``mean``, ``std``, ``resize_positions``) or further arguments of the timm model. Nothing is ever unpickled that could run code.
 """
 
 import hashlib
@@ -21,12 +21,13 @@ from typing import Any
 import timm
 import torch
 import yaml
-from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
 from mte_bench.encoders.encoder import Encoder, EncoderSpec, build_encoder, fresh_encoder
 from mte_bench.encoders.families import METHODS, Found, first_few, read_foreign
 from mte_bench.encoders.heads import Prototypes, StackedMLP
+from mte_bench.encoders.positions import resized_positions
 from mte_bench.encoders.tokens import AuxiliarySettings, AuxiliaryTokens, MultiToken, TokenHeads
 from mte_bench.encoders.weight_files import read_metadata, read_pickle, read_safetensors, write_safetensors
 from mte_bench.errors import UserError
@@ -117,18 +118,17 @@ class Checkpoint:
 def open_checkpoint(text: str, *, allow_partial: bool = False, image_size: int | None = None) -> Checkpoint:
     """The encoder that ``text`` stands for (see this module's docstring).
 
-    ``image_size`` builds it for another size than it was trained on; its position tables are interpolated as timm does.
+    ``image_size`` builds it for another size than it was trained on; its position tables are interpolated as the project does
+    that made the file (``positions.py``).
     Raises ``UserError`` for what is no checkpoint, would run code, cannot be reached, or matches the encoder only in
     part; with ``allow_partial`` what is missing keeps its random start (seed 0).
     """
     kind, place, part, options = _parse(text)
+    if kind == "file":
+        return _open_file(text, Path(place), part, options, image_size, allow_partial)
     if image_size is not None:
         options["image_size"] = image_size
-    if kind == "random":
-        return _open_random(text, place, options)
-    if kind == "timm":
-        return _open_timm(text, place, options)
-    return _open_file(text, Path(place), part, options, allow_partial)
+    return (_open_random if kind == "random" else _open_timm)(text, place, options)
 
 
 def save_encoder(path: str | Path, encoder: Encoder, metadata: Mapping[str, Any]) -> None:
@@ -246,7 +246,9 @@ def _open_timm(text: str, name: str, options: dict[str, Any]) -> Checkpoint:
     return Checkpoint(encoder.eval(), _subject(text, "timm", encoder, {}), matched=list(encoder.model.state_dict()))
 
 
-def _open_file(text: str, path: Path, part: str | None, options: dict[str, Any], allow_partial: bool) -> Checkpoint:
+def _open_file(
+    text: str, path: Path, part: str | None, options: dict[str, Any], image_size: int | None, allow_partial: bool
+) -> Checkpoint:
     file = _encoder_file(path, text)
     content, header = read_safetensors(file) if file.suffix == ".safetensors" else (read_pickle(file), {})
     if header.get("format", "").startswith("mte-bench"):
@@ -254,10 +256,10 @@ def _open_file(text: str, path: Path, part: str | None, options: dict[str, Any],
             raise UserError(f"{text}: {file.name} holds one encoder and no part '{part}'")
         found = Found(header.get("family", "mte-bench"), dict(content), [], _spec_of(header, file), header)
     else:
-        found = read_foreign(content, text, part, options.get("num_heads"))
+        found = read_foreign(content, text, part, options.get("num_heads"), options.get("image_size"))
     family, weights, dropped, spec, metadata = found
-    encoder = fresh_encoder(_with(spec, options, text))
-    fitted, unfit = _fit(encoder.model, weights)
+    encoder = fresh_encoder(_with(spec, options if image_size is None else {**options, "image_size": image_size}, text))
+    fitted, unfit = _fit(encoder, weights, spec)
     missing = [name for name in encoder.model.state_dict() if name not in fitted]
     if not fitted or ((missing or unfit) and not allow_partial):
         raise UserError(
@@ -290,16 +292,15 @@ def _encoder_file(path: Path, text: str) -> Path:
     raise UserError(f"{text}: no such checkpoint{hint or '; give a run folder, a file, timm:NAME or random:NAME'}")
 
 
-def _fit(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights that ``model`` has a place for, position tables resized to it, and the names of the others."""
-    own = model.state_dict()
+def _fit(encoder: Encoder, weights: Mapping[str, Tensor], made_for: EncoderSpec) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights that ``encoder`` has a place for, position tables resized to it, and the names of the others."""
+    own = encoder.model.state_dict()
     fitted, unfit = {}, []
     for name, tensor in weights.items():
         if name not in own:
             unfit.append(name)
             continue
-        if tensor.shape != own[name].shape:
-            tensor = _resized(model, name, tensor)
+        tensor = _resized(encoder, name, tensor, made_for)
         if tensor.shape == own[name].shape:
             fitted[name] = tensor
         else:
@@ -307,15 +308,20 @@ def _fit(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[str, Ten
     return fitted, unfit
 
 
-def _resized(model: Any, name: str, tensor: Tensor) -> Tensor:
-    """A position table, absolute or relative, for the size of ``model``; anything else as it is."""
+def _resized(encoder: Encoder, name: str, tensor: Tensor, made_for: EncoderSpec) -> Tensor:
+    """A position table, absolute or relative, for the size of ``encoder``; anything else as it is."""
+    model: Any = encoder.model
     if name == "pos_embed" and tensor.ndim == 3 and tensor.shape[2] == model.embed_dim:
         prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-        return resample_abs_pos_embed(tensor, new_size=model.patch_embed.grid_size, num_prefix_tokens=prefix)
+        patch = made_for.patch_size or model.patch_embed.patch_size[0]
+        old, new = ((height // patch, width // patch) for height, width in (made_for.size, encoder.spec.size))
+        if tensor.shape[1] == prefix + old[0] * old[1]:
+            return resized_positions(tensor, old, new, prefix, encoder.spec.resize_positions)
     if name.endswith("relative_position_bias_table"):
         attention = model.get_submodule(name.rpartition(".")[0])
         shape = attention.relative_position_bias_table.shape
-        return resize_rel_pos_bias_table(tensor, new_window_size=attention.window_size, new_bias_shape=shape)
+        if tensor.shape != shape:
+            return resize_rel_pos_bias_table(tensor, new_window_size=attention.window_size, new_bias_shape=shape)
     return tensor
 
 
@@ -335,17 +341,19 @@ def _subject(text: str, family: str, encoder: Encoder, metadata: Mapping[str, An
             "sha256": weights_hash(encoder),
             "family": family,
             "arch": encoder.spec.arch,
-            "image_size": encoder.spec.image_size,
+            "image_size": encoder.spec.image_size if isinstance(encoder.spec.image_size, int) else None,
             "patch_size": encoder.spec.patch_size,
-            "arch_options": encoder.spec.options | _learned(encoder.spec),
+            "arch_options": encoder.spec.options | _further(encoder.spec),
             **known,
         },
         f"{text}: metadata",
     )
 
 
-def _learned(spec: EncoderSpec) -> dict[str, str]:
-    return {} if spec.token_learner is None else {"token_learner": spec.token_learner.title}
+def _further(spec: EncoderSpec) -> dict[str, Any]:
+    """What of an architecture no other field of a subject says."""
+    learned = {} if spec.token_learner is None else {"token_learner": spec.token_learner.title}
+    return learned if isinstance(spec.image_size, int) else learned | {"image_size": list(spec.image_size)}
 
 
 def _spec_of(metadata: Mapping[str, str], path: Path) -> EncoderSpec:

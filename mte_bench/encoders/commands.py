@@ -29,7 +29,7 @@ def inspect(
     opened = open_checkpoint(checkpoint, allow_partial=True, image_size=image_size)
     encoder, spec, subject = opened.encoder, opened.encoder.spec, opened.subject
     with torch.no_grad():
-        macs = count_macs(encoder, (1, 3, spec.image_size, spec.image_size)).total
+        macs = count_macs(encoder, (1, 3, *spec.size)).total
     multi_token = opened.multi_token()
     names = {"matched": opened.matched, "dropped": opened.dropped, "missing": opened.missing}
     if json:
@@ -51,7 +51,8 @@ def inspect(
     rows: list[tuple[str, Any]] = [
         ("family", subject.family),
         ("architecture", spec.arch + "".join(f", {key} {value}" for key, value in _changes(spec).items())),
-        ("image size", str(spec.image_size)),
+        ("image size", _pixels(spec)),
+        *([("positions at other sizes", f"as {spec.resize_positions} does")] if encoder.is_vit else []),
         ("width, depth, heads", f"{encoder.width}, {len(encoder.block_list)}, {encoder.num_heads}"),
         ("parameters", f"{count_parameters(encoder) / 1e6:.2f} M"),
         ("multiply-accumulates", f"{macs / 1e9:.3f} G"),
@@ -104,13 +105,20 @@ def export(
         return
     arguments = "".join(f", {key}={value!r}" for key, value in spec.timm_arguments.items())
     print(f'timm.create_model("{spec.arch}", checkpoint_path="{out}"{arguments})')
-    log(f"images: {spec.image_size} pixels, mean {_numbers(spec.mean)}, std {_numbers(spec.std)}")
+    if spec.norm_eps is not None:
+        log(f"timm's model has another eps in its LayerNorms than these weights were trained with, {spec.norm_eps:g}")
+    log(f"images: {_pixels(spec)} pixels, mean {_numbers(spec.mean)}, std {_numbers(spec.std)}")
 
 
 def _changes(spec: "EncoderSpec") -> dict[str, Any]:
     """What of the architecture differs from what its name says."""
     learned = {} if spec.token_learner is None else {"token_learner": spec.token_learner.title}
-    return ({} if spec.patch_size is None else {"patch_size": spec.patch_size}) | spec.options | learned
+    own = {"patch_size": spec.patch_size, "norm_eps": spec.norm_eps}
+    return {key: value for key, value in own.items() if value is not None} | spec.options | learned
+
+
+def _pixels(spec: "EncoderSpec") -> str:
+    return str(spec.image_size) if isinstance(spec.image_size, int) else "{} x {}".format(*spec.image_size)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import timm
 import torch
+from pydantic import Field
 from timm.layers import DropPath
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mte_bench.encoders.attention import Sight, first_token_attention, plain_block, split_block
+from mte_bench.encoders.positions import Resize, positioned
 from mte_bench.encoders.token_learner import TokenLearnerSettings, TokenLearning
 from mte_bench.errors import UserError, did_you_mean
 from mte_bench.settings import Settings
@@ -31,12 +33,17 @@ class EncoderSpec(Settings):
     """What determines an encoder apart from its weights."""
 
     arch: str
-    image_size: int = 224
+    image_size: int | tuple[int, int] = 224
+    """Side in pixels, or height and width: what a ViT's table of positions is made for."""
     patch_size: int | None = None
     options: dict[str, Any] = {}
     """Further keyword arguments of ``timm.create_model``."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    norm_eps: float | None = Field(None, gt=0)
+    """The eps of every LayerNorm, where it is not the one of timm's model."""
+    resize_positions: Resize = "timm"
+    """How images of other sizes get their positions (``mte_bench.encoders.positions``)."""
     init: Init = "dino"
     """How fresh weights of Linear layers are drawn: ``dino``, std 0.02 whatever the width; ``fan-in``, std 1 / sqrt(inputs).
     DINO's fixed value suits the widths of ViT-S and ViT-B (384, 768); at a width of 100 almost nothing of an image
@@ -44,6 +51,21 @@ class EncoderSpec(Settings):
     token_learner: TokenLearnerSettings | None = None
     """Learned tokens in place of the patches from some block on. timm's model of this name has none, so only an encoder
     without them loads strictly into timm."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of ``image_size``."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def side(self) -> int:
+        """Side of a square ``image_size``; raises ``UserError`` if it is none, for whoever shows square images only."""
+        height, width = self.size
+        if height != width:
+            raise UserError(
+                f"{self.arch} for images of {height} x {width} pixels: here it sees square ones; choose their side, image_size=N"
+            )
+        return height
 
     @property
     def timm_arguments(self) -> dict[str, Any]:
@@ -211,7 +233,7 @@ class Encoder(nn.Module):
         model = cast(VisionTransformer, self.model)
         x = _masked(model.patch_embed(images), masks, mask_token, 1)
         grid = (x.shape[1], x.shape[2])
-        x = model.norm_pre(model.patch_drop(model._pos_embed(x)))
+        x = model.norm_pre(model.patch_drop(positioned(model, x, self.spec.resize_positions)))
         prefix, length = model.num_prefix_tokens, x.shape[1]
         aux = None if auxiliary is None else auxiliary.to(x.dtype).expand(len(x), -1, -1)
         if aux is not None and not cut:
@@ -293,8 +315,11 @@ def build_encoder(spec: EncoderSpec, drop_path: float = 0.0, pretrained: bool = 
             raise UserError(f"architecture {spec.arch}: {error} (image_size {spec.image_size}, {spec.options})") from error
         if isinstance(model, VisionTransformer | SwinTransformer):
             patch = cast(int, model.patch_embed.patch_size[0])
-            if spec.image_size % patch:
+            if any(side % patch for side in spec.size):
                 raise UserError(f"image_size {spec.image_size}: must be a multiple of {patch}, the patch size of {spec.arch}")
+            for norm in model.modules():
+                if isinstance(norm, nn.LayerNorm):
+                    norm.eps = spec.norm_eps or norm.eps
             if spec.token_learner is not None:
                 _add_token_learner(spec, model)
             return Encoder(spec, model, drop_path)

@@ -10,8 +10,9 @@
 | deit | ``dist_token``, or DeiT III's ``gamma_1`` | ``model`` |
 | timm | everything else with a ViT's or Swin's names | ``model``, ``state_dict`` or the file |
 
-Backbones that were cut out of their file and saved alone carry no mark of their method and are of family timm. iBOT's
-Swin has LayerNorms with eps 1e-6; it runs with timm's 1e-5, which moves features by less than their rounding in bfloat16.
+Backbones that were cut out of their file and saved alone carry no mark of their method and are of family timm; at another
+size, ``?resize_positions=dino`` gives them the positions that DINO and iBOT would (``positions.py``). iBOT's
+Swin has LayerNorms with an eps of 1e-6, timm's and the other Swins 1e-5.
 """
 
 import math
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mte_bench.encoders.encoder import EncoderSpec
+from mte_bench.encoders.positions import Resize
 from mte_bench.errors import UserError, did_you_mean
 
 Weights = dict[str, Tensor]
@@ -32,6 +34,9 @@ CONTAINERS = ("teacher", "model", "state_dict", "student", "model_ema", "state_d
 BRANCHES = ("base_encoder", "momentum_encoder", "encoder", "encoder_k")
 METHODS = {"dino", "ibot", "dinov2", "mocov3", "mae", "moby"}
 """Families that are methods; the others do not say how they were trained."""
+
+_RESIZES: dict[str, Resize] = {"dino": "dino", "ibot": "dino", "dinov2": "dino", "mae": "deit", "mocov3": "deit", "deit": "deit"}
+"""How families resize tables of positions; DINOv2 only without registers."""
 
 _WRAPPERS = re.compile(r"\b(module|backbone|_orig_mod)\.")
 _NOT_ENCODER = re.compile(
@@ -66,11 +71,14 @@ class Found(NamedTuple):
     metadata: dict[str, Any]
 
 
-def read_foreign(content: Mapping[str, Any], where: str, part: str | None = None, heads: int | None = None) -> Found:
+def read_foreign(
+    content: Mapping[str, Any], where: str, part: str | None = None, heads: int | None = None, image_size: Any = None
+) -> Found:
     """Make sense of ``content``, what a ``.pth`` or ``.safetensors`` held; ``where`` names it in errors.
 
     ``part`` chooses another container or branch than the family's default. ``heads`` is the number of attention heads
-    where shapes cannot tell it. Raises ``UserError`` where no encoder is found or a choice is missing.
+    where shapes cannot tell it, ``image_size`` (height, width) the size that a position table is for which is no square.
+    Raises ``UserError`` where no encoder is found or a choice is missing.
     """
     state, branch = _state_dict(content, where, part)
     family = _family(content, state)
@@ -84,9 +92,9 @@ def read_foreign(content: Mapping[str, Any], where: str, part: str | None = None
     if "patch_embed.proj.weight" not in weights:
         raise UserError(f"{where}: holds no ViT or Swin under names that are known (it has {first_few(state)})")
     if "layers.0.blocks.0.attn.relative_position_bias_table" in weights:
-        spec = _swin_spec(weights)
+        spec = _swin_spec(weights, 1e-6 if family == "ibot" else None)
     else:
-        spec = _vit_spec(weights, where, 12 if family == "mocov3" else heads, family)
+        spec = _vit_spec(weights, where, 12 if family == "mocov3" else heads, family, image_size)
     epoch = content.get("epoch")
     return Found(family, weights, dropped, spec, {"epoch": epoch} if isinstance(epoch, int) else {})
 
@@ -165,7 +173,7 @@ def _timm_names(state: Weights) -> Weights:
     return weights
 
 
-def _vit_spec(weights: Weights, where: str, heads: int | None, family: str) -> EncoderSpec:
+def _vit_spec(weights: Weights, where: str, heads: int | None, family: str, wanted: Any) -> EncoderSpec:
     width, _, patch, _ = weights["patch_embed.proj.weight"].shape
     depth = _count(weights, r"blocks\.(\d+)\.")
     size, usual_heads = _VITS.get((width, depth), (None, None))
@@ -208,23 +216,38 @@ def _vit_spec(weights: Weights, where: str, heads: int | None, family: str) -> E
     elif "fc_norm.weight" in weights:  # fine-tuned on the mean of the patch tokens
         options["global_pool"] = "avg"
 
-    image_size = 224
+    image_size: int | tuple[int, int] = 224
     if position is not None:
-        count = position.shape[1]
         prefix = has_cls + distilled + registers
-        if math.isqrt(count) ** 2 == count:
-            if prefix and "reg4" not in arch:
-                options["no_embed_class"] = True
-            prefix = 0
-        image_size = math.isqrt(count - prefix) * patch
-        if (image_size // patch) ** 2 != count - prefix:
-            raise UserError(f"{where}: a position table for {count - prefix} patches, which is no square, is not supported")
+        image_size, without_prefix = _table_size(position.shape[1], prefix, patch, wanted, where)
+        if prefix and without_prefix and "reg4" not in arch:
+            options["no_embed_class"] = True
     named = re.search(r"_patch(\d+)_", arch)
     patch_size = None if named and int(named[1]) == patch else patch
-    return EncoderSpec(arch=arch, image_size=image_size, patch_size=patch_size, options=options)
+    resize = "timm" if registers else _RESIZES.get(family, "timm")
+    return EncoderSpec(arch=arch, image_size=image_size, patch_size=patch_size, options=options, resize_positions=resize)
 
 
-def _swin_spec(weights: Weights) -> EncoderSpec:
+def _table_size(count: int, prefix: int, patch: int, wanted: Any, where: str) -> tuple[int | tuple[int, int], bool]:
+    """Which image size a table of ``count`` positions is for, and whether its ``prefix`` tokens have none.
+
+    A table of a square is recognised; of another, only ``wanted`` (height and width) can say how its rows are to be cut.
+    """
+    for patches in (count, count - prefix):
+        if math.isqrt(patches) ** 2 == patches:
+            return math.isqrt(patches) * patch, patches == count
+    if isinstance(wanted, list | tuple) and len(wanted) == 2 and all(isinstance(side, int) for side in wanted):
+        height, width = wanted
+        for patches in (count, count - prefix):
+            if height % patch == width % patch == 0 and (height // patch) * (width // patch) == patches:
+                return (height, width), patches == count
+    raise UserError(
+        f"{where}: a position table for {count - prefix} patches of {patch} pixels, which are no square; say which image size it "
+        "is for: FILE?image_size=[HEIGHT,WIDTH]"
+    )
+
+
+def _swin_spec(weights: Weights, norm_eps: float | None) -> EncoderSpec:
     width, _, patch, _ = weights["patch_embed.proj.weight"].shape
     stages = _count(weights, r"layers\.(\d+)\.")
     depths = tuple(_count(weights, rf"layers\.{stage}\.blocks\.(\d+)\.") for stage in range(stages))
@@ -242,7 +265,8 @@ def _swin_spec(weights: Weights) -> EncoderSpec:
     if not timm.is_model(arch):
         arch = f"swin_{size or 'tiny'}_patch4_window7_224"
         options["window_size"] = window
-    return EncoderSpec(arch=arch, image_size=image_size, patch_size=None if patch == 4 else patch, options=options)
+    patch_size = None if patch == 4 else patch
+    return EncoderSpec(arch=arch, image_size=image_size, patch_size=patch_size, options=options, norm_eps=norm_eps)
 
 
 def _count(weights: Weights, pattern: str) -> int:
