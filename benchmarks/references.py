@@ -274,8 +274,8 @@ class Difference(NamedTuple):
     largest: float
 
 
-def compare(case: Case, file: Path, count: int) -> Iterator[tuple[str, str, Difference]]:
-    """For each size and kind of feature, the larger difference of the two ways to that size."""
+def compare(case: Case, file: Path, count: int) -> Iterator[tuple[str, dict[str, Difference]]]:
+    """For each size, and there for each kind of feature, the larger difference of the two ways to that size."""
     torch.save(case.content, file)
     text = f"{file}#{case.part}" if case.part else str(file)
     own = open_checkpoint(text)
@@ -288,9 +288,11 @@ def compare(case: Case, file: Path, count: int) -> Iterator[tuple[str, str, Diff
         if (height, width) != case.sizes[0]:
             encoders.append(open_checkpoint(f"{text}?image_size=[{height},{width}]").encoder)
         found = [encode_batch(encoder, images, tuple(expected), Pass()) for encoder in encoders]
+        differences = {}
         for kind, values in expected.items():
             largest = max(float((torch.from_numpy(one[kind]) - values).abs().max()) for one in found)
-            yield f"{height}x{width}", kind, Difference(largest, float(values.abs().max()))
+            differences[kind] = Difference(largest, float(values.abs().max()))
+        yield f"{height} x {width}", differences
 
 
 def knn(root: Path) -> Iterator[tuple[str, int, tuple[float, float], tuple[float, float]]]:
@@ -331,23 +333,28 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     votes: list[dict[str, Any]] = []
-    print("| reference | checkpoint | image | feature | largest difference | of values up to |\n|---|---|---|---|---:|---:|")
+    print("| reference | checkpoint | image | features | largest difference | of values up to |\n|---|---|---|---|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
         for name, place in roots.items():
             root = Path(place).resolve()
             with reachable(root):
                 torch.manual_seed(0)
                 for case in REFERENCES[name](root):
-                    for size, kind, (difference, largest) in compare(
-                        case, Path(folder) / "checkpoint.pth", 1 if given.quick else 4
-                    ):
-                        print(
-                            f"| {name} {commit(root)} | {case.title} | {size} | {kind} | {difference:.0e} | {largest:.1f} |",
-                            flush=True,
-                        )
-                        rows.append(
-                            {"reference": name, "checkpoint": case.title, "size": size, "kind": kind, "difference": difference}
-                        )
+                    for size, found in compare(case, Path(folder) / "checkpoint.pth", 1 if given.quick else 4):
+                        difference, largest = (max(values) for values in zip(*found.values(), strict=True))
+                        kinds = ", ".join(f"`{kind}`" for kind in found)
+                        where = f"{name} {commit(root)} | {case.title} | {size}"
+                        print(f"| {where} | {kinds} | {difference:.0e} | {largest:.1f} |", flush=True)
+                        rows += [
+                            {
+                                "reference": name,
+                                "checkpoint": case.title,
+                                "size": size,
+                                "kind": kind,
+                                "difference": one.difference,
+                            }
+                            for kind, one in found.items()
+                        ]
                 if name == "dino":
                     for data, k, theirs, ours in knn(root):
                         votes.append({"data": data, "k": k, "theirs": theirs, "ours": ours})
