@@ -299,9 +299,9 @@ def knn(root: Path) -> Iterator[tuple[str, int, tuple[float, float], tuple[float
     """Top-1 and top-5 of DINO's ``knn_classifier`` and of ours on the same features, for each k."""
     classifier = importlib.import_module("eval_knn").knn_classifier
     generator = torch.Generator().manual_seed(0)
-    for classes, width, spread in ((100, 384, 2.0), (1000, 64, 0.6)):
+    for classes, width, spread in ((100, 384, 4.0), (1000, 64, 1.2)):
         centres = torch.randn(classes, width, generator=generator)
-        labels = [torch.randint(classes, (n,), generator=generator) for n in (20_000, 5_000)]
+        labels = [torch.randint(classes, (n,), generator=generator) for n in (10_000, 1_000)]
         bank, asked = (
             nn.functional.normalize(centres[own] + spread * torch.randn(len(own), width, generator=generator)) for own in labels
         )

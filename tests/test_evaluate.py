@@ -291,3 +291,24 @@ def test_options_of_the_command_are_the_fields_of_the_request(command, task):
     parameters = inspect.signature(command).parameters
     assert {name.rstrip("_") for name in parameters} == set(Request.__dataclass_fields__)
     assert parameters["protocol"].default == task.default
+
+
+def test_under_torchrun_the_first_process_writes_the_record(data, tmp_path, monkeypatch):
+    """The features are shared; who is not the first has done its part then."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert knn(data, set_=["k=[5]"], out=str(tmp_path / "out")) is None
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("RANK", "0")
+    record = knn(data, set_=["k=[5]"], out=str(tmp_path / "out"))
+    assert record.details["features_cached"] == [True, True]
+    monkeypatch.delenv("WORLD_SIZE")
+    assert knn(data, set_=["k=[5]"]).metrics == record.metrics
+
+
+def test_the_type_of_features_is_an_option(data, tmp_path):
+    with pytest.raises(UserError, match=r"--feature-dtype float61.*did you mean 'float16'"):
+        knn(data, feature_dtype="float61")
+    plan = knn(data, set_=["k=[5]"], feature_dtype="float16", dry_run=True)
+    assert plan is None
+    assert knn(data, set_=["k=[5]"], feature_dtype="float16").details["features_cached"] == [False, False]
