@@ -23,10 +23,12 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import transforms as v1
 
+from mte_bench.data.draws import Draws
+from mte_bench.data.transforms import normalise
 from mte_bench.records import environment
 from pretrain import pixels
 from pretrain.recipe import View, Views
-from pretrain.views import Draws, choose, crop, make_views, normalise
+from pretrain.views import choose, crop, make_views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 64

@@ -23,10 +23,11 @@ def pretrain(
     """Pre-train an encoder by a recipe, with or without MTE; returns the run's record."""
     from pathlib import Path
 
+    from mte_bench import distributed
     from mte_bench.console import log, show_json, show_table
     from mte_bench.data.sources import open_source, take
     from mte_bench.device import pick_device, pick_precision
-    from pretrain import distributed, mte
+    from pretrain import mte
     from pretrain.methods import METHODS
     from pretrain.recipe import load_recipe
     from pretrain.trainer import Trainer

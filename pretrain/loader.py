@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mte_bench.data.draws import Draws
 from mte_bench.data.sources import ImageSet
 from mte_bench.errors import CorruptImage, UserError
 from pretrain.masks import Masking, draw_mask
 from pretrain.recipe import Recipe, Views
-from pretrain.views import Draws, make_views, readable
+from pretrain.views import make_views, readable
 
 Key = tuple[int, int]
 """(epoch, place). A place below the number n of images is an image's index; place + n, place + 2 n ... are repetitions of
@@ -29,7 +30,7 @@ class Batch(NamedTuple):
 
     groups: list[Tensor]
     """uint8, one per resolution: the global views (2 or 1, b, 3, h, w), then the local (local_count, b, 3, h, w) if any.
-    ``views.normalise`` makes floats of them, best on the device: a quarter of the bytes travel."""
+    ``normalise`` makes floats of them, best on the device: a quarter of the bytes travel."""
     labels: Tensor
     """(b,) int64, -1 where there is none."""
     indices: Tensor

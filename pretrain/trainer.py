@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mte_bench import records
+from mte_bench import distributed, records
 from mte_bench.console import log
 from mte_bench.data.sources import ImageSet, require_classes
+from mte_bench.data.transforms import normalise
 from mte_bench.device import autocast, peak_memory
 from mte_bench.encoders.checkpoint import open_checkpoint, save_auxiliary, save_classifier, save_encoder
 from mte_bench.errors import UserError
 from mte_bench.files import write_text
-from pretrain import distributed, mte, state
+from pretrain import mte, state
 from pretrain.live import CURVES, Curves, LiveLine
 from pretrain.loader import Batch, Grid, StepSampler, epoch_order, view_loader
 from pretrain.methods import METHODS
@@ -32,7 +33,7 @@ from pretrain.monitor import classifier_top1, knn_top1
 from pretrain.optimiser import EMA, build_optimiser, clip_per_tensor, clip_whole, drop_gradients, learning_rate, set_rates
 from pretrain.recipe import Recipe
 from pretrain.schedules import cosine
-from pretrain.views import draw_views, normalise
+from pretrain.views import draw_views
 
 LINES_PER_EPOCH = 20
 

@@ -2,7 +2,8 @@
 
 What is random in a view comes from (seed, epoch, image index, view number) and nothing else. Cropping and resizing is
 PIL's; the rest is done on many views of one size at once (``pretrain.pixels``). Views are 8-bit: a quarter of the bytes
-to pass from process to process and to the device, where ``normalise`` turns them into an encoder's input.
+to pass from process to process and to the device, where ``normalise`` (``mte_bench.data.transforms``) makes an encoder's
+input of them.
 
 Supervised recipes have RandAugment (timm's) in the jitter's place, and random erasing as the last step. That one fills a
 rectangle of the normalised image with standard normal noise (DeiT, timm ``random_erasing.py``); here the noise is taken
@@ -24,7 +25,9 @@ from PIL import Image
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 from torch import Tensor
 
+from mte_bench.data.draws import TRIES, Draws, crop_box, cut_out
 from mte_bench.data.sources import ImageSet
+from mte_bench.data.transforms import RESAMPLING
 from mte_bench.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD
 from mte_bench.errors import CorruptImage, UserError
 from mte_bench.plotting import COLOURS, picture
@@ -32,52 +35,11 @@ from pretrain import pixels
 from pretrain.recipe import View, Views
 from pretrain.seeded import seeded
 
-TRIES = 10
-"""Attempts at a crop that fits into the image before the central one is taken, and at a rectangle to erase."""
-NUMBERS = 36
-"""Random numbers that a view may use: a multiple of four, which is what the generator makes at a time."""
 GROUP = 1 << 17
 """Pixels of the views that are finished together: enough to be worth the calls, few enough for the processor's cache."""
 
-RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 JITTERS: tuple[Callable[..., pixels.Bytes], ...] = (pixels.brightness, pixels.contrast, pixels.saturation, pixels.hue)
 ORDERS = np.array(list(permutations(range(len(JITTERS)))))
-
-
-class Draws:
-    """Random numbers by counter (Philox 4x64): any of them without those before it.
-
-    The key is (seed, purpose); the counter is (block, 0, image index, epoch), and view v of an image has its own blocks.
-    """
-
-    def __init__(self, seed: int):
-        self.seed = seed % 2**64
-        self.generator = np.random.Generator(np.random.Philox(0))
-
-    def views(self, epoch: int, index: int, count: int) -> list[list[float]]:
-        """``NUMBERS`` uniform numbers in [0, 1) for each of the first ``count`` views of an image."""
-        self._go_to(0, index, epoch)
-        return self.generator.random((count, NUMBERS)).tolist()
-
-    def order(self, epoch: int, images: int) -> NDArray[np.int64]:
-        """A permutation of the images: the order in which the epoch takes them."""
-        self._go_to(1, 0, epoch)
-        return self.generator.permutation(images)
-
-    def masks(self, epoch: int, index: int) -> np.random.Generator:
-        """What the masks of an image's views are drawn from; good until the next call of this object."""
-        self._go_to(2, index, epoch)
-        return self.generator
-
-    def _go_to(self, purpose: int, index: int, epoch: int) -> None:
-        self.generator.bit_generator.state = {
-            "bit_generator": "Philox",
-            "state": {"counter": np.array([0, 0, index, epoch], np.uint64), "key": np.array([self.seed, purpose], np.uint64)},
-            "buffer": np.zeros(4, np.uint64),
-            "buffer_pos": 4,
-            "has_uint32": 0,
-            "uinteger": 0,
-        }
 
 
 class Choices(NamedTuple):
@@ -133,36 +95,9 @@ def _around_one(strength: float, number: float) -> float:
     return least + (1 + strength - least) * number
 
 
-def crop_box(
-    scale: tuple[float, float], ratio: tuple[float, float], size: tuple[int, int], numbers: Sequence[float]
-) -> tuple[int, int, int, int]:
-    """A random crop: its share of the area uniform, its aspect ratio log-uniform, its place uniform.
-
-    If no try fits into the image, the largest central crop of an allowed ratio. Source: torchvision ``RandomResizedCrop``.
-    """
-    width, height = size
-    smallest, largest = width * height * scale[0], width * height * scale[1]
-    narrowest, widest = math.log(ratio[0]), math.log(ratio[1])
-    for attempt in range(0, 2 * TRIES, 2):
-        area = smallest + (largest - smallest) * numbers[attempt]
-        aspect = math.exp(narrowest + (widest - narrowest) * numbers[attempt + 1])
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            top = int(numbers[2 * TRIES] * (height - h + 1))
-            left = int(numbers[2 * TRIES + 1] * (width - w + 1))
-            return left, top, left + w, top + h
-    w = min(width, round(height * ratio[1]))
-    h = min(height, round(width / ratio[0]))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
 def crop(image: Image.Image, view: View, choices: Choices) -> pixels.Bytes:
     """The first part of a view: cropped, resized, perhaps flipped and put through RandAugment, (h, w, 3)."""
-    whole = (0, 0, *image.size)
-    part = image if choices.box == whole else image.crop(choices.box)
-    resized = np.asarray(part.resize((view.size, view.size), RESAMPLING[view.interpolation]))
-    flipped = resized[:, ::-1] if choices.flip else resized
+    flipped = cut_out(image, choices.box, view.size, view.interpolation, choices.flip)
     if view.auto_augment is None:
         return flipped
     with seeded(choices.augment):
@@ -263,17 +198,6 @@ def make_views(images: Iterable[Image.Image], keys: Sequence[tuple[int, int]], v
     for kind in kinds:
         kind.finish()
     return [torch.from_numpy(group) for group in groups]
-
-
-def normalise(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """8-bit views (..., 3, h, w) as an encoder takes them: float32, (view / 255 - mean) / std, on the device they are on."""
-    shape = (3, 1, 1)
-    return (
-        views.float()
-        .div_(255)
-        .sub_(views.new_tensor(mean, dtype=torch.float32).view(shape))
-        .div_(views.new_tensor(std, dtype=torch.float32).view(shape))
-    )
 
 
 def readable(images: ImageSet, index: int, allowed: int, corrupt: dict[str, str]) -> tuple[int, Image.Image]:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from mte_bench.data.draws import Draws
 from mte_bench.data.sources import ImageSet
 from mte_bench.errors import CorruptImage, UserError
 from pretrain.loader import StepSampler, ViewDataset, epoch_order, view_loader
 from pretrain.recipe import Recipe, View, Views
-from pretrain.views import Draws, make_views
+from pretrain.views import make_views
 
 SMALL = Views(global1=View(size=16, blur=1.0), global2=View(size=16, solarize=0.2), local=View(size=8), local_count=2)
 

@@ -16,7 +16,9 @@ from test_loader import Pictures, same
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 
+from mte_bench.data.draws import Draws
 from mte_bench.data.sources import open_source
+from mte_bench.data.transforms import normalise
 from mte_bench.encoders.checkpoint import open_checkpoint
 from mte_bench.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD
 from mte_bench.errors import UserError
@@ -27,7 +29,7 @@ from pretrain.optimiser import build_optimiser
 from pretrain.recipe import Recipe, View, Views
 from pretrain.seeded import seeded
 from pretrain.trainer import Trainer
-from pretrain.views import Draws, choose, crop, erase, make_views, normalise
+from pretrain.views import choose, crop, erase, make_views
 from tiny import CPU, TINY, assert_same_end, make, run_until
 
 K = 10

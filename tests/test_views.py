@@ -8,11 +8,13 @@ from scipy import stats
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
+from mte_bench.data.draws import Draws
 from mte_bench.data.sources import ImageSet
+from mte_bench.data.transforms import normalise
 from mte_bench.errors import CorruptImage, UserError
 from pretrain import pixels, views
 from pretrain.recipe import View, Views
-from pretrain.views import ORDERS, Draws, choose, draw_views, make_views, normalise
+from pretrain.views import ORDERS, choose, draw_views, make_views
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHAPES = [(1, 17, 23), (6, 16, 16), (3, 1, 5), (40, 9, 11)]

@@ -11,11 +11,11 @@ import torch
 from benchmarks.formulas import SMALL
 from benchmarks.formulas import TINY as MODEL
 from mte_bench.data.sources import open_source
+from mte_bench.data.transforms import normalise
 from pretrain import state
 from pretrain.live import CURVES
 from pretrain.recipe import Recipe
 from pretrain.trainer import Trainer
-from pretrain.views import normalise
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {

@@ -1,5 +1,6 @@
-"""How an evaluation sees an image: shorter side resized, centre cut out, normalised."""
+"""How an evaluation sees an image: shorter side resized, centre cut out, normalised. And 8-bit views, normalised alike."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, Self
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from mte_bench.settings import Settings
 
 Channels = tuple[float, float, float]
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 class EvaluationTransform(Settings):
@@ -48,7 +49,7 @@ class EvaluationTransform(Settings):
         if short != self.resize:
             longer = int(self.resize * long / short)
             size = (self.resize, longer) if width <= height else (longer, self.resize)
-            image = image.resize(size, _FILTERS[self.interpolation])
+            image = image.resize(size, RESAMPLING[self.interpolation])
             width, height = size
         left, top = round((width - self.crop) / 2), round((height - self.crop) / 2)
         pixels = np.asarray(image)[top : top + self.crop, left : left + self.crop]
@@ -65,3 +66,14 @@ def _tables(mean: Channels, std: Channels) -> NDArray[np.float32]:
     """What each byte of each channel becomes (3, 256), in float32 arithmetic like torchvision's."""
     bytes_ = torch.arange(256, dtype=torch.float32).div(255)
     return bytes_.sub(torch.tensor(mean)[:, None]).div(torch.tensor(std)[:, None]).numpy()
+
+
+def normalise(views: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """8-bit views (..., 3, h, w) as an encoder takes them: float32, (view / 255 - mean) / std, on the device they are on."""
+    shape = (3, 1, 1)
+    return (
+        views.float()
+        .div_(255)
+        .sub_(views.new_tensor(mean, dtype=torch.float32).view(shape))
+        .div_(views.new_tensor(std, dtype=torch.float32).view(shape))
+    )
