@@ -73,8 +73,13 @@ def linear(
     """Accuracy of a linear classifier on an encoder's features."""
     options = dict(locals())
     from downstream.linear import LINEAR
+    from mte_bench import distributed
 
-    return _evaluate(LINEAR, **options)
+    distributed.start(device)
+    try:
+        return _evaluate(LINEAR, **options)
+    finally:
+        distributed.stop()
 
 
 def retrieval(

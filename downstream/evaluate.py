@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from downstream.features import FeatureDtype, Features, Pass, extract
 from downstream.job import Job, Opened, Wanted
 from downstream.plan import Part, plan, show_plan
-from downstream.task import I_co, ImageProtocol, P, Split, Task, WithProtocol
+from downstream.task import I_co, ImageProtocol, Material, P, Split, Task, WithProtocol
 from mte_bench import records
 from mte_bench.console import log, show_json, show_table
 from mte_bench.data.sources import SPLITS, ImageSet, Subset, parse_source, require_classes
@@ -79,19 +79,17 @@ def load_protocol(task: WithProtocol[I_co], name: str, assignments: tuple[str, .
 def evaluate(task: Task[P], request: Request) -> Record | None:
     """Do what ``request`` asks of ``task`` and show the result; returns the record, or None for a dry run.
 
-    Processes under ``torchrun`` share the extraction of features; the first one does the rest, the others return None.
+    Processes under ``torchrun`` share the extraction of features and training on augmented views; the first one does the rest,
+    the others return None.
     Raises ``UserError`` for everything that the user can mend.
     """
     job = prepare(task, request, Opened())
     if request.dry_run:
         show_plan(job.plan(), request.json)
         return None
-    how = pass_of(request)
-    if how.rank > 0:
-        for part, images, kinds in job.wanted:
-            extract(part.checkpoint.encoder, part.checkpoint.sha256, images, part.transform, kinds, how)
-        return None
     record = job.run()
+    if record is None:
+        return None
     show_result(record, request.json)
     for file in record.files:
         log(f"{file}: {job.folder / record.files[file]}")
@@ -110,6 +108,8 @@ def prepare(task: Task[P], request: Request, opened: Opened) -> Job:
     for text in (request.checkpoint, *request.others):
         checkpoint = opened.checkpoint(text, allow_partial=request.allow_partial, image_size=protocol.image_size)
         parts.append(Part(checkpoint, evaluation_transform(checkpoint, protocol)))
+    if protocol.views and request.others:
+        raise UserError(f"--with: protocol {name} trains on augmented views of one encoder; choose one on kept features")
     folder = output_folder(request, task.name, name, protocol, parts[0].checkpoint)
     stated = records.Protocol(name=name, version=protocol.version, settings=settings_of(protocol))
     subject = Subject.ensemble([part.checkpoint.subject for part in parts])
@@ -119,18 +119,26 @@ def prepare(task: Task[P], request: Request, opened: Opened) -> Job:
         resolved = {"task": task.name, "protocol": name, "settings": stated.settings, "out": str(folder)}
         return resolved | plan(task, protocol, parts, train, val, how)
 
-    def run() -> Record:
+    def run() -> Record | None:
         began = time.monotonic()
         refuse_clash(folder, subject, val.source, fingerprint)
         found = [_features(part, train, val, protocol, how) for part in parts]
-        kept = [_kept(images, features) for images, features in zip((train, val), found[0], strict=True)]
-        bank, asked = (
-            Split(joined([both[split].arrays[protocol.feature] for both in found]), images.labels, images.classes, images)
-            for split, images in enumerate(kept)
-        )
-        outcome = task.evaluate(protocol, bank, asked, how.device)
+        readable = [_kept(images, features) for images, features in zip((train, val), found[0], strict=True)]
+        splits = _splits(parts, found, protocol, readable)
+        bank, asked = next(iter(splits.values()))
+        if task.evaluate_on_views is not None and protocol.views:
+            identity = hash_of([subject.sha256, fingerprint, precision_name(how)])
+            encoder, transform = parts[0].checkpoint.encoder, parts[0].transform
+            material = Material(encoder, readable[0], transform, how, splits, folder, identity)
+            outcome = task.evaluate_on_views(protocol, material)
+            if how.rank > 0:
+                return None
+        elif how.rank > 0:
+            return None  # its share of the features is all that is wanted of it
+        else:
+            outcome = task.evaluate(protocol, bank, asked, how.device)
         predictions = {f"prediction:{metric}": result.predicted for metric, result in outcome.metrics.items()}
-        write_predictions(folder, kept[1], predictions | dict(outcome.columns))
+        write_predictions(folder, readable[1], predictions | dict(outcome.columns))
         files = {}
         if outcome.draw is not None:
             files["picture"] = f"{task.name}.png"
@@ -146,7 +154,7 @@ def prepare(task: Task[P], request: Request, opened: Opened) -> Job:
                 images={"train": len(bank.labels), "val": len(asked.labels)},
                 classes=len(train.classes),
                 fingerprint=fingerprint,
-                subset=val.subset,
+                subset=", ".join(dict.fromkeys(images.subset for images in (train, val) if images.subset)) or None,
                 corrupt=[name for features in found[0] for name in features.corrupt],
             ),
             metrics={
@@ -165,15 +173,30 @@ def prepare(task: Task[P], request: Request, opened: Opened) -> Job:
             },
         )
         records.write_record(folder, record)
+        if outcome.recorded is not None:
+            outcome.recorded()
         return record
 
-    wanted = tuple(Wanted(part, images, (protocol.feature,)) for part in parts for images in (train, val))
+    wanted = tuple(Wanted(part, images, protocol.kinds(part.checkpoint.encoder)) for part in parts for images in (train, val))
     return Job(task.name, stated, subject, fingerprint, precision_name(how), folder, wanted, planned, run)
 
 
 def _features(part: Part, train: ImageSet, val: ImageSet, protocol: P, how: Pass) -> list[Features]:
     encoder, weights = part.checkpoint.encoder, part.checkpoint.sha256
-    return [extract(encoder, weights, images, part.transform, (protocol.feature,), how) for images in (train, val)]
+    return [extract(encoder, weights, images, part.transform, protocol.kinds(encoder), how) for images in (train, val)]
+
+
+def _splits(
+    parts: list[Part], found: list[list[Features]], protocol: P, images: Sequence[ImageSet]
+) -> dict[str, tuple[Split, Split]]:
+    """Train and val by kind of feature; what the encoders of an ensemble take for it may differ."""
+    kinds = [protocol.kinds(part.checkpoint.encoder) for part in parts]
+
+    def split(place: int, number: int) -> Split:
+        arrays = [both[place].arrays[own[number]] for both, own in zip(found, kinds, strict=True)]
+        return Split(joined(arrays), images[place].labels, images[place].classes, images[place])
+
+    return {kind: (split(0, number), split(1, number)) for number, kind in enumerate(kinds[0])}
 
 
 def _kept(images: ImageSet, features: Features) -> ImageSet:
@@ -274,9 +297,9 @@ def evaluation_transform(checkpoint: Checkpoint, protocol: ImageProtocol) -> Eva
     """How the images come to the encoder of ``checkpoint``."""
     spec = checkpoint.encoder.spec
     transform = EvaluationTransform.for_size(spec.side, spec.mean, spec.std)
-    if protocol.resize is None:
-        return transform
-    return EvaluationTransform.check({**transform.model_dump(), "resize": protocol.resize}, "protocol: resize")
+    stated = {key: getattr(protocol, key, None) for key in ("resize", "interpolation")}
+    changes = {key: value for key, value in stated.items() if value is not None}
+    return EvaluationTransform.check({**transform.model_dump(), **changes}, f"protocol: {', '.join(changes)}")
 
 
 def output_folder(request: Request, task: str, name: str, protocol: ImageProtocol, checkpoint: Checkpoint) -> Path:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -321,18 +321,8 @@ def _batches(
     images: ImageSet, transform: EvaluationTransform, how: Pass, start: int = 0
 ) -> Iterator[tuple[Tensor, list[Corrupt], float]]:
     """The images from ``start`` on as in ``decoded_batches``, and why some could not be decoded."""
-    forked = how.workers > 0 and sys.platform == "linux"
-    loader = DataLoader(
-        _Decoded(images, transform, start),
-        batch_size=how.batch_size,
-        num_workers=how.workers,
-        collate_fn=_collate,
-        pin_memory=how.device.type == "cuda",
-        prefetch_factor=4 if how.workers else None,
-        # Forked workers start at once and end when this process is killed; those of a fork server outlive it.
-        multiprocessing_context="fork" if forked else None,
-        worker_init_fn=partial(_end_without, os.getpid()) if forked else None,
-    )
+    decoded = _Decoded(images, transform, start)
+    loader = DataLoader(decoded, batch_size=how.batch_size, collate_fn=_collate, **loader_options(how))
     iterator = iter(loader)
     while True:
         before = time.monotonic()
@@ -340,6 +330,19 @@ def _batches(
         if batch is None:
             return
         yield *batch, time.monotonic() - before
+
+
+def loader_options(how: Pass) -> dict[str, Any]:
+    """How a ``DataLoader`` starts its workers."""
+    forked = how.workers > 0 and sys.platform == "linux"
+    return {
+        "num_workers": how.workers,
+        "pin_memory": how.device.type == "cuda",
+        "prefetch_factor": 4 if how.workers else None,
+        # Forked workers start at once and end when this process is killed; those of a fork server outlive it.
+        "multiprocessing_context": "fork" if forked else None,
+        "worker_init_fn": partial(_end_without, os.getpid()) if forked else None,
+    }
 
 
 def _end_without(parent: int, _worker: int) -> None:

@@ -66,8 +66,9 @@ class Job:
     wanted: tuple[Wanted, ...]
     plan: Callable[[], dict[str, Any]]
     """What would be done and would take: ``task_seconds`` and, beside them, ``feature_seconds`` where features are wanted."""
-    run: Callable[[], Record]
-    """Does it and writes ``folder``, the record last. Raises ``UserError`` for everything that the user can mend."""
+    run: Callable[[], Record | None]
+    """Does it and writes ``folder``, the record last; under ``torchrun`` only the first process, the others return None.
+    Raises ``UserError`` for everything that the user can mend."""
 
     @property
     def content(self) -> str:

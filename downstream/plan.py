@@ -34,9 +34,10 @@ def plan(
 ) -> dict[str, Any]:
     """What would be done and, from a few images and steps measured on this machine, what it would take."""
     images = len(train) + len(val)
-    passes = [_pass(part, train, val, protocol.feature, how) for part in parts]
+    passes = [_pass(part, train, val, protocol.kinds(part.checkpoint.encoder), how) for part in parts]
     width = sum(one.width for one in passes)
     todo = [images - one.done for one in passes]
+    views = protocol.view_passes(len(train)) * len(train)
     estimate = task.estimate(protocol, len(train), len(val), width, len(train.classes), how.device)
     named = [f"{part.checkpoint.subject.checkpoint} ({_shown(part.checkpoint.encoder)})" for part in parts]
     transforms = [part.transform.model_dump(mode="json") for part in parts]
@@ -51,6 +52,11 @@ def plan(
         "feature_images_cached": sum(one.done for one in passes),
         "feature_bytes": images * width * np.dtype(how.dtype).itemsize,
         "feature_seconds": _short(sum(left * one.seconds for left, one in zip(todo, passes, strict=True))),
+        **(
+            {"view_seconds": _short(views * len(train) * passes[0].seconds)}
+            if (views := protocol.view_passes(len(train)))
+            else {}
+        ),
         "task_seconds": _short(estimate.seconds),
         "task_memory_bytes": estimate.memory_bytes,
     }
@@ -64,13 +70,13 @@ class _Pass(NamedTuple):
     seconds: float
 
 
-def _pass(part: Part, train: ImageSet, val: ImageSet, kind: str, how: Pass) -> _Pass:
-    encoder, transform = part.checkpoint.encoder, part.transform
-    done = sum(extracted(encoder, part.checkpoint.sha256, images, transform, kind, how) for images in (train, val))
+def _pass(part: Part, train: ImageSet, val: ImageSet, kinds: tuple[str, ...], how: Pass) -> _Pass:
+    encoder, transform, weights = part.checkpoint.encoder, part.transform, part.checkpoint.sha256
+    done = sum(min(extracted(encoder, weights, images, transform, kind, how) for kind in kinds) for images in (train, val))
     batch = torch.stack([transform(train.image(0))] * min(how.batch_size, 16)).to(how.device)
-    width = encode_batch(encoder, batch, (kind,), how)[kind].shape[1]
+    width = sum(features.shape[1] for features in encode_batch(encoder, batch, kinds, how).values())
     decode = seconds_of(lambda: transform(train.image(0)))
-    encode = seconds_of(lambda: encode_batch(encoder, batch, (kind,), how)) / len(batch)
+    encode = seconds_of(lambda: encode_batch(encoder, batch, kinds, how)) / len(batch)
     return _Pass(done, width, max(encode, decode / how.workers) if how.workers else encode + decode)
 
 

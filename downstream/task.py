@@ -8,8 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from downstream.features import Pass
 from mte_bench.data.sources import ImageSet
 from mte_bench.data.transforms import EvaluationTransform
+from mte_bench.encoders.encoder import Encoder
+from mte_bench.errors import UserError
 from mte_bench.settings import Settings
 
 if TYPE_CHECKING:
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from downstream.job import Job, Opened
 
 TOP = 5
+WIDTH_OF_VIT_S = 384
 
 
 class ImageProtocol(Settings):
@@ -39,7 +43,37 @@ class FeatureProtocol(ImageProtocol):
     """Settings that every evaluation on features has."""
 
     feature: str
-    """A kind of ``downstream.features``; ``global`` is the global token after the final norm."""
+    """A kind of ``downstream.features``; ``global`` is the global token after the final norm. ``published`` is what DINO's
+    and iBOT's linear probes take of the architecture. Where several kinds are compared, they are separated by commas."""
+
+    @property
+    def views(self) -> bool:
+        """Whether it trains on augmented views, for which it needs the images too."""
+        return False
+
+    def view_passes(self, train: int) -> float:
+        """How often the encoder goes over the ``train`` images to do so."""
+        return 0
+
+    def kinds(self, encoder: Encoder) -> tuple[str, ...]:
+        """The kinds of feature that it asks of ``encoder``. Raises ``UserError`` for several where only one has a use."""
+        if self.feature == "published":
+            return (published_feature(encoder),)
+        kinds = tuple(kind.strip() for kind in self.feature.split(","))
+        if len(kinds) > 1 and not self.views:
+            raise UserError(f"feature '{self.feature}': this protocol takes a single kind")
+        return kinds
+
+
+def published_feature(encoder: Encoder) -> str:
+    """CLS of the last four blocks of a ViT up to the width of ViT-S, CLS and mean patch of a wider one; for a Swin, the
+    pooled outputs of its last four blocks. Source: DINO and iBOT, the READMEs' commands for linear evaluation.
+    """
+    if not encoder.is_vit:
+        return "pooled-last4"
+    if not encoder.has_cls:
+        return "global"
+    return "cls-last4" if encoder.width <= WIDTH_OF_VIT_S else "cls+patch-mean"
 
 
 P = TypeVar("P", bound=FeatureProtocol)
@@ -71,6 +105,22 @@ class Split(NamedTuple):
     """One for each row, where the task shows or names them."""
 
 
+class Material(NamedTuple):
+    """What an evaluation that trains on augmented views works with; images that cannot be read are left out."""
+
+    encoder: Encoder
+    images: ImageSet
+    """Of the train split."""
+    transform: EvaluationTransform
+    how: Pass
+    splits: dict[str, tuple[Split, Split]]
+    """For each kind of feature, train and val under the evaluation transform."""
+    folder: Path
+    """Where the record will be, for what is kept to go on after a stop."""
+    identity: str
+    """A hash of weights, data and precision."""
+
+
 class Predictions(NamedTuple):
     """What one metric counts: ``predicted`` (``n`` classes) is right where it equals the label."""
 
@@ -94,6 +144,8 @@ class Outcome(NamedTuple):
     """What else belongs beside the predictions: a value or a list for each of ``n`` val images."""
     draw: Callable[[Path, EvaluationTransform, str], None] | None = None
     """Draws the task's picture at this path: images as the encoder saw them, and a title that names encoder and data."""
+    recorded: Callable[[], None] | None = None
+    """Called when the record is written: removes what was kept to go on."""
 
 
 class TaskEstimate(NamedTuple):
@@ -113,6 +165,8 @@ class Task(NamedTuple, Generic[P]):
     evaluate: Callable[[P, Split, Split, torch.device], Outcome]
     estimate: Callable[[P, int, int, int, int, torch.device], TaskEstimate]
     """From the protocol, images of train and of val, width of a feature, number of classes, device."""
+    evaluate_on_views: Callable[[P, Material], Outcome] | None = None
+    """For protocols whose ``views`` is true."""
 
     @property
     def verb(self) -> str:

@@ -14,7 +14,7 @@ def start(device: str) -> tuple[int, int]:
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo")
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return place()
 
 
 def stop() -> None:
@@ -27,3 +27,16 @@ def barrier() -> None:
     """Wait for the other processes."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def place() -> tuple[int, int]:
+    """(rank, processes) of this process in the group that ``start`` joined, (0, 1) without one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def summed(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The sum of ``values`` over the processes, on ``device`` (that of the group's backend); itself if there is one process."""
+    values = values.to(device)
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values

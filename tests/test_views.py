@@ -8,7 +8,7 @@ from scipy import stats
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from mte_bench.data.draws import Draws
+from mte_bench.data.draws import NUMBERS, TRIES, Draws
 from mte_bench.data.sources import ImageSet
 from mte_bench.data.transforms import normalise
 from mte_bench.errors import CorruptImage, UserError
@@ -187,7 +187,7 @@ def test_crops_are_distributed_as_torchvision_s(size, scale, ratio):
 
 
 def test_crops_reach_every_border():
-    low, high = ([number] * views.NUMBERS for number in (0.0, 1 - 2**-53))
+    low, high = ([number] * NUMBERS for number in (0.0, 1 - 2**-53))
     assert choose(View(scale=(0.2, 0.2)), (60, 50), low).box[:2] == (0, 0)
     assert choose(View(scale=(0.2, 0.2)), (60, 50), high).box[2:] == (60, 50)
 
@@ -198,7 +198,7 @@ def test_a_crop_that_never_fits_is_the_central_one():
     top, left, height, width = RandomResizedCrop.get_params(image, view.scale, view.ratio)
     assert {choices.box for choices in draw_choices(view, image.size, 20)} == {(left, top, left + width, top + height)}
     tall = RandomResizedCrop.get_params(Image.new("RGB", (20, 1000)), view.scale, view.ratio)
-    assert choose(view, (20, 1000), [0.5] * views.NUMBERS).box == (tall[1], tall[0], tall[1] + tall[3], tall[0] + tall[2])
+    assert choose(view, (20, 1000), [0.5] * NUMBERS).box == (tall[1], tall[0], tall[1] + tall[3], tall[0] + tall[2])
 
 
 def test_jitter_is_distributed_as_torchvision_s():
@@ -271,15 +271,15 @@ def test_a_view_depends_on_seed_epoch_image_and_number_only(monkeypatch):
 
 def test_every_number_decides_one_thing():
     view = View(scale=(0.2, 0.5), blur=0.5, solarize=0.5, flip=0.5, jitter=0.5, grayscale=0.5)
-    numbers = [0.25] * views.NUMBERS
+    numbers = [0.25] * NUMBERS
     plain = choose(view, (64, 64), numbers)
     plain = [*plain.box, plain.flip, plain.order, *plain.factors, plain.grayscale, plain.blur, plain.solarize]
     decides = []
-    for place in range(views.NUMBERS):
+    for place in range(NUMBERS):
         changed = choose(view, (64, 64), [*numbers[:place], 0.75, *numbers[place + 1 :]])
         changed = [*changed.box, changed.flip, changed.order, *changed.factors, changed.grayscale, changed.blur, changed.solarize]
         decides.append(tuple(i for i, (a, b) in enumerate(zip(plain, changed, strict=True)) if a != b))
-    tries, rest = decides[: 2 * views.TRIES], decides[2 * views.TRIES :]
+    tries, rest = decides[: 2 * TRIES], decides[2 * TRIES :]
     assert tries[:2] == [(0, 1, 2, 3)] * 2 and set(tries[2:]) == {()}  # the first try fits
     # top, left, flip, jitter or not, its order, four factors, grayscale, blur or not, its radius, solarize
     assert rest == [(1, 3), (0, 2), (4,), (5,), (5,), (6,), (7,), (8,), (9,), (10,), (11,), (11,), (12,), (), (), ()]

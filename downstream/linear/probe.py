@@ -1,7 +1,5 @@
 """Linear probe, the fast form: one linear layer on kept features, all learning rates trained together in one pass.
 
-A sweep of SGD classifiers differs from rate to rate in nothing but the rate: every head sees the same batches and has
-the same start. Their weights are stacked, so that a step on all of them is one matrix product forward and one back.
 The rate is chosen on a held-out part of the train split; what is reported was trained again with that rate on all of it and
 has never seen, nor been chosen on, the val split.
 
@@ -13,7 +11,7 @@ therefore not those of the paper's protocol.
 import math
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -21,23 +19,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from downstream.task import FeatureProtocol, Outcome, Split, Task, TaskEstimate, top_metrics
-from mte_bench.console import ProgressLine, log
+from downstream.linear.heads import Heads, HeadTrainer, accuracy, best_of, fresh_heads, hold_out, rank, warn_of_edge
+from downstream.linear.protocol import LinearProtocol
+from downstream.task import FeatureProtocol, Outcome, Split, TaskEstimate, top_metrics
+from mte_bench.console import ProgressLine
 from mte_bench.errors import UserError
 
 IBOT_RATES = tuple(float(f"{digit}e{power}") for power in range(-4, 1) for digit in range(1, 10))
 """{1..9} x 10^{-4..0}, ascending: 45 learning rates per 256 images."""
-
-_BLOCK_VALUES = 1 << 25  # logits held at once (128 MiB)
-
-
-class Heads(NamedTuple):
-    """Linear classifiers of r learning rates."""
-
-    weight: Tensor
-    """``r classes c``."""
-    bias: Tensor
-    """``r classes``."""
 
 
 class LinearProbe:
@@ -103,16 +92,13 @@ class LinearProbe:
         out = torch.from_numpy(hold_out(np.asarray(labels), self.held_out, self.seed)).to(self.device)
         self.sweep_ = self._train(x[~out], y[~out], int(y.max()) + 1, self.rates)
         self.held_out_top1_, self.held_out_loss_ = accuracy(self.sweep_, x[out], y[out])
-        best = max(range(len(self.rates)), key=lambda r: (self.held_out_top1_[r], -self.held_out_loss_[r]))
-        self.rate_ = self.rates[best]
+        self.rate_ = self.rates[best_of(self.held_out_top1_, self.held_out_loss_)]
         self.heads_ = self._train(x, y, int(y.max()) + 1, [self.rate_])
         return self
 
     def predict(self, features: NDArray[np.floating]) -> NDArray[np.int64]:
         """The five most likely classes of ``features`` (``q c``), best first: ``q 5``, or as many as there are classes."""
-        x = self.transform(features)
-        logits = x @ self.heads_.weight[0].T + self.heads_.bias[0]
-        return logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu().numpy()
+        return rank(self.heads_, self.transform(features))
 
     def transform(self, features: NDArray[np.floating]) -> Tensor:
         """``features`` (``q c``) as the heads take them."""
@@ -122,70 +108,21 @@ class LinearProbe:
     def _train(self, x: Tensor, y: Tensor, classes: int, rates: Sequence[float]) -> Heads:
         """Train a head for each of ``rates`` on features ``x`` (``n c``) and labels ``y`` (``n``), all in one pass."""
         generator = torch.Generator().manual_seed(self.seed)
-        r, c = len(rates), x.shape[1]
-        start = (torch.randn(classes, c, generator=generator) * self.init_std).to(x.device)
-        weight = start.repeat(r, 1)  # r·classes c
-        bias = torch.zeros(r * classes, 1, device=x.device)
-        weight_velocity, bias_velocity = torch.zeros_like(weight), torch.zeros_like(bias)
-        scaled = torch.tensor(rates, dtype=torch.float64).repeat_interleave(classes).unsqueeze(1) * (
-            self.batch_size / self.rate_per
-        )
+        r = len(rates)
+        fresh = fresh_heads(r, classes, x.shape[1], self.init_std, generator)
+        trainer = HeadTrainer(Heads(*(part.to(x.device) for part in fresh)), self.momentum, weight_decay=self.weight_decay)
+        scaled = torch.tensor(rates, dtype=torch.float64) * (self.batch_size / self.rate_per)
         line = ProgressLine()
         for epoch in range(self.epochs):
             rate = (scaled * (0.5 * (1 + math.cos(math.pi * epoch / self.epochs)))).float().to(x.device)
             for chosen in torch.randperm(len(x), generator=generator).to(x.device).split(self.batch_size):
-                xb, yb, b = x[chosen], y[chosen], len(chosen)
-                # Classes before images, so that the softmax runs over contiguous images: r classes b.
-                error = torch.addmm(bias, weight, xb.T).view(r, classes, b)
-                error.sub_(error.amax(1, keepdim=True)).exp_()
-                error.div_(error.sum(1, keepdim=True))
-                error[:, yb, torch.arange(b, device=x.device)] -= 1
-                error = error.view(r * classes, b)  # the gradient of the summed cross-entropy in the logits
-                weight_velocity.addmm_(error, xb, beta=self.momentum, alpha=1 / b)
-                bias_velocity.mul_(self.momentum).add_(error.sum(1, keepdim=True), alpha=1 / b)
-                if self.weight_decay:
-                    weight_velocity.add_(weight, alpha=self.weight_decay)
-                    bias_velocity.add_(bias, alpha=self.weight_decay)
-                weight.addcmul_(weight_velocity, rate, value=-1)
-                bias.addcmul_(bias_velocity, rate, value=-1)
+                trainer.step(x[chosen], y[chosen], rate)
             text = f"linear, {r} rate{'s' if r > 1 else ''}: epoch {epoch + 1}/{self.epochs}  {line.seconds:.0f} s"
             line.show(text, last=line.terminal and epoch + 1 == self.epochs)
-        return Heads(weight.view(r, classes, c), bias.view(r, classes))
+        return trainer.heads
 
 
-def hold_out(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.bool_]:
-    """Which of the ``n`` images to hold out: ``share`` of every class, rounded, at least one where the class has two.
-
-    Raises ``UserError`` if no class has two.
-    """
-    generator = np.random.default_rng(seed)
-    held = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        count = min(max(1, round(share * len(members))), len(members) - 1)
-        held[generator.permutation(members)[:count]] = True
-    if not held.any():
-        raise UserError("linear: every class has a single train image, so none can be held out to choose the learning rate")
-    return held
-
-
-def accuracy(heads: Heads, x: Tensor, y: Tensor) -> tuple[list[float], list[float]]:
-    """Top-1 in percent and mean cross-entropy of every head on ``x`` (``n c``) with labels ``y`` (``n``).
-
-    A head that diverged has 0 % and infinite loss.
-    """
-    r, classes, c = heads.weight.shape
-    right, loss = torch.zeros(r, dtype=torch.float64), torch.zeros(r, dtype=torch.float64)
-    for xb, yb in zip(x.split(size := max(1, _BLOCK_VALUES // (r * classes))), y.split(size), strict=True):
-        logits = torch.addmm(heads.bias.view(-1, 1), heads.weight.view(-1, c), xb.T).view(r, classes, len(xb))
-        right += (logits.argmax(1) == yb).double().sum(1).cpu()
-        losses = torch.logsumexp(logits, 1) - logits[:, yb, torch.arange(len(xb), device=x.device)]
-        loss += losses.double().sum(1).cpu()
-    finite = loss.isfinite()
-    return (100 * right.where(finite, 0) / len(x)).tolist(), (loss.where(finite, math.inf) / len(x)).tolist()
-
-
-class LinearProtocol(FeatureProtocol):
+class SweepProtocol(LinearProtocol):
     """Settings of the fast linear probe; ``LinearProbe`` says what they mean."""
 
     rates: tuple[float, ...] = Field(min_length=1)
@@ -195,9 +132,7 @@ class LinearProtocol(FeatureProtocol):
     momentum: float = Field(ge=0, lt=1)
     weight_decay: float = Field(ge=0)
     init_std: float = Field(ge=0)
-    held_out: float = Field(gt=0, lt=1)
     standardise: bool
-    seed: int = Field(ge=0)
 
     def for_smoke(self) -> Self:
         """One epoch."""
@@ -207,40 +142,32 @@ class LinearProtocol(FeatureProtocol):
         """The estimator with these settings."""
         return LinearProbe(**self.model_dump(exclude=set(FeatureProtocol.model_fields)), device=device)
 
+    def evaluate(self, train: Split, val: Split, device: torch.device) -> Outcome:
+        """Top-1 and top-5 of the val split; every rate's held-out accuracy among the details."""
+        probe = self.probe(device).fit(train.features, train.labels)
+        on_val = accuracy(probe.sweep_, probe.transform(val.features), torch.from_numpy(val.labels).to(device))[0]
+        warn_of_edge("learning rate", probe.rate_, probe.rates)
+        details = {
+            "rate": probe.rate_,
+            "reported": "trained on all train images with the rate chosen on held-out train images",
+            "rates": list(probe.rates),
+            "held_out_top1": [round(value, 3) for value in probe.held_out_top1_],
+            "held_out_images": int(hold_out(train.labels, self.held_out, self.seed).sum()),
+            # The references choose the rate on val. That is optimistic: for comparison with their numbers only.
+            "top1_if_chosen_on_val": round(max(on_val), 3),
+        }
+        return Outcome(top_metrics(probe.predict(val.features), val.labels, len(train.classes)), details)
 
-def evaluate_linear(protocol: LinearProtocol, train: Split, val: Split, device: torch.device) -> Outcome:
-    """Top-1 and top-5 of the val split; every rate's held-out accuracy among the details."""
-    probe = protocol.probe(device).fit(train.features, train.labels)
-    on_val = accuracy(probe.sweep_, probe.transform(val.features), torch.from_numpy(val.labels).to(device))[0]
-    if len(probe.rates) > 1 and probe.rate_ in (min(probe.rates), max(probe.rates)):
-        log(f"linear: the chosen learning rate {probe.rate_:g} is at the edge of the sweep; a wider one may be better")
-    details = {
-        "rate": probe.rate_,
-        "reported": "trained on all train images with the rate chosen on held-out train images",
-        "rates": list(probe.rates),
-        "held_out_top1": [round(value, 3) for value in probe.held_out_top1_],
-        "held_out_images": int(hold_out(train.labels, protocol.held_out, protocol.seed).sum()),
-        # The references choose the rate on val. That is optimistic: for comparison with their numbers only.
-        "top1_if_chosen_on_val": round(max(on_val), 3),
-    }
-    return Outcome(top_metrics(probe.predict(val.features), val.labels, len(train.classes)), details)
-
-
-def estimate_linear(
-    protocol: LinearProtocol, train: int, val: int, width: int, classes: int, device: torch.device
-) -> TaskEstimate:
-    """From two steps of the sweep and of the final training, measured on random features."""
-    r, steps, seconds = len(protocol.rates), 2, 0.0
-    x = torch.randn(steps * protocol.batch_size, width, device=device)
-    y = torch.arange(len(x), device=device) % classes
-    probe = protocol.for_smoke().probe(device)
-    for rates in (protocol.rates, protocol.rates[:1]):
-        for warm in (True, False):
-            began = time.perf_counter()
-            probe._train(x, y, classes, rates)[0].sum().item()
-            seconds += 0 if warm else time.perf_counter() - began
-    values = (train + val) * width + 3 * r * classes * width + 2 * r * classes * protocol.batch_size
-    return TaskEstimate(seconds / len(x) * train * protocol.epochs, 4 * values)
-
-
-LINEAR = Task("linear", LinearProtocol, "linear-fast", evaluate_linear, estimate_linear)
+    def estimate(self, train: int, val: int, width: int, classes: int, device: torch.device) -> TaskEstimate:
+        """From two steps of the sweep and of the final training, measured on random features."""
+        r, steps, seconds = len(self.rates), 2, 0.0
+        x = torch.randn(steps * self.batch_size, width, device=device)
+        y = torch.arange(len(x), device=device) % classes
+        probe = self.for_smoke().probe(device)
+        for rates in (self.rates, self.rates[:1]):
+            for warm in (True, False):
+                began = time.perf_counter()
+                probe._train(x, y, classes, rates)[0].sum().item()
+                seconds += 0 if warm else time.perf_counter() - began
+        values = (train + val) * width + 2 * r * classes * width + 2 * r * classes * self.batch_size
+        return TaskEstimate(seconds / len(x) * train * self.epochs, 4 * values)

@@ -10,7 +10,9 @@
 | ``tar:PATTERN`` | webdataset shards: braces and globs, ``{split}`` or ``?val=PATTERN`` | the ``cls`` member |
 
 Every kind also takes ``per_class=N`` or ``images=N``: a subset of each split, balanced over the classes, always the same one,
-and contained in every larger one.
+and contained in every larger one. For semi-supervised evaluation the train split alone is made smaller, and val stays whole:
+``train_share=0.01`` takes that share of every class, rounded, at least one image; ``train_per_class=N`` so many; and
+``train_list=FILE`` the images that a text file names, one a line (SimCLRv2's ``1percent.txt`` and ``10percent.txt``).
 
 Images are decoded as torchvision and DINO do: ``convert("RGB")`` whatever the file holds (palette, grey, CMYK, alpha dropped),
 no rotation by EXIF, no repair of truncated files.
@@ -22,6 +24,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
@@ -90,6 +93,16 @@ class Source:
         options = "&".join(f"{key}={value}" for key, value in sorted(self.options.items()))
         return self.kind + (f":{self.path}" if self.path else "") + (f"?{options}" if options else "")
 
+    def share(self, option: str) -> float:
+        """An option above 0 and up to 1."""
+        try:
+            value = float(self.options[option])
+        except ValueError:
+            value = 0.0
+        if not 0 < value <= 1:
+            raise UserError(f"source {self}: option '{option}' is above 0 and at most 1, got '{self.options[option]}'")
+        return value
+
     def number(self, option: str, default: int) -> int:
         """A whole-number option, at least 0 for ``seed`` and 1 for others."""
         text = self.options.get(option, str(default))
@@ -122,6 +135,7 @@ def _tar(source: Source, split: Split) -> ImageSet:
 
 
 _SUBSET = ("per_class", "images")
+_TRAIN_SUBSET = ("train_share", "train_per_class", "train_list")
 _KINDS: dict[str, tuple[Callable[[Source, Split], ImageSet], tuple[str, ...]]] = {
     "scenes": (_scenes, ("train", "val", "size", "seed")),
     "imagefolder": (_files("open_imagefolder"), ()),
@@ -153,7 +167,7 @@ _OPTIONS = re.compile(r"(\?)(?=\w+=)")  # a '?' of a glob pattern is not followe
 
 
 def _options(spec: str, kind: str, text: str) -> dict[str, str]:
-    known = (*_KINDS[kind][1], *_SUBSET)
+    known = (*_KINDS[kind][1], *_SUBSET, *_TRAIN_SUBSET)
     options: dict[str, str] = {}
     for item in text.split("&") if text else ():
         key, equals, value = item.partition("=")
@@ -162,8 +176,9 @@ def _options(spec: str, kind: str, text: str) -> dict[str, str]:
         if key not in known:
             raise UserError(f"source '{spec}': unknown option '{key}' of {kind}{did_you_mean(key, known)}")
         options[key] = value
-    if len(set(_SUBSET) & set(options)) > 1:
-        raise UserError(f"source '{spec}': give per_class or images, not both")
+    for exclusive in (_SUBSET, _TRAIN_SUBSET):
+        if len(both := [option for option in exclusive if option in options]) > 1:
+            raise UserError(f"source '{spec}': give {both[0]} or {both[1]}, not both")
     return options
 
 
@@ -175,7 +190,17 @@ def open_source(spec: str, split: Split) -> ImageSet:
     images = _KINDS[source.kind][0](source, split)
     for option in _SUBSET:
         if option in source.options:
-            return take(images, option, source.number(option, 1))
+            images = take(images, option, source.number(option, 1))
+    return _smaller_train(source, images) if split == "train" else images
+
+
+def _smaller_train(source: Source, images: ImageSet) -> ImageSet:
+    if "train_share" in source.options:
+        return take_share(images, source.share("train_share"))
+    if "train_per_class" in source.options:
+        return take(images, "per_class", source.number("train_per_class", 1), "train_per_class")
+    if "train_list" in source.options:
+        return take_listed(images, source.options["train_list"])
     return images
 
 
@@ -205,18 +230,55 @@ def require_classes(images: ImageSet) -> None:
         raise UserError(f"{images.source}: the {images.split} split has only one class ('{only}'); at least two are needed")
 
 
-def take(images: ImageSet, option: str, count: int) -> ImageSet:
-    """At most ``count`` images (``images``) or images of each class (``per_class``); all if there are no more."""
-    order = np.random.default_rng(0).permutation(len(images))
-    rank = np.empty(len(images), np.int64)  # of each image within its class
-    for label in np.unique(images.labels):
-        members = order[images.labels[order] == label]
-        rank[members] = np.arange(len(members))
+def take(images: ImageSet, option: str, count: int, called: str | None = None) -> ImageSet:
+    """At most ``count`` images (``images``) or images of each class (``per_class``); all if there are no more.
+
+    The subset is described as ``called``, by default ``option``.
+    """
+    rank = _ranks(images.labels)
     if option == "per_class":
         chosen = np.flatnonzero(rank < count)
     else:
         chosen = np.sort(np.lexsort((images.labels, rank))[:count])
-    return Subset(images, chosen, f"{option}={count}")
+    return Subset(images, chosen, f"{called or option}={count}")
+
+
+def take_share(images: ImageSet, share: float) -> ImageSet:
+    """``share`` of the images of every class, rounded, at least one; contained in every larger share."""
+    _, places, sizes = np.unique(images.labels, return_inverse=True, return_counts=True)
+    counts = np.maximum(1, np.floor(share * sizes + 0.5).astype(np.int64))
+    return Subset(images, np.flatnonzero(_ranks(images.labels) < counts[places]), f"train_share={share:g}")
+
+
+def take_listed(images: ImageSet, path: str) -> ImageSet:
+    """The images that the text file ``path`` names, one a line, by path in the source or by file name alone.
+
+    Raises ``UserError`` for a file that cannot be read and for an image that is not there.
+    """
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"train_list {path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from error
+    wanted = {line.strip() for line in lines} - {""}
+    if not wanted:
+        raise UserError(f"train_list {path}: names no images; write one file name a line")
+    found = [wanted & {name, name.rpartition("/")[2]} for name in map(images.name, range(len(images)))]
+    if missing := wanted.difference(*found):
+        raise UserError(
+            f"train_list {path}: {len(missing)} of its {len(wanted)} images, first '{min(missing)}', are not in train"
+        )
+    chosen = np.flatnonzero([bool(names) for names in found])
+    return Subset(images, chosen, f"train_list={Path(path).name}")
+
+
+def _ranks(labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of each image (``n``), its place among those of its class in a random order that is always the same."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    _, starts, sizes = np.unique(labels[by_class], return_index=True, return_counts=True)
+    rank = np.empty(len(labels), np.int64)
+    rank[by_class] = np.arange(len(labels)) - np.repeat(starts, sizes)
+    return rank
 
 
 def fingerprint_of(*parts: bytes | NDArray[Any]) -> str:
