@@ -52,11 +52,7 @@ def plan(
         "feature_images_cached": sum(one.done for one in passes),
         "feature_bytes": images * width * np.dtype(how.dtype).itemsize,
         "feature_seconds": _short(sum(left * one.seconds for left, one in zip(todo, passes, strict=True))),
-        **(
-            {"view_seconds": _short(views * len(train) * passes[0].seconds)}
-            if (views := protocol.view_passes(len(train)))
-            else {}
-        ),
+        **({"view_seconds": _short(views * passes[0].seconds)} if views else {}),
         "task_seconds": _short(estimate.seconds),
         "task_memory_bytes": estimate.memory_bytes,
     }

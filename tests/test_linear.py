@@ -9,7 +9,9 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from downstream.evaluate import load_protocol
-from downstream.linear import IBOT_RATES, LINEAR, LinearProbe, accuracy, evaluate_linear, hold_out
+from downstream.linear import LINEAR
+from downstream.linear.heads import accuracy, hold_out
+from downstream.linear.probe import IBOT_RATES, LinearProbe
 from downstream.task import Split
 from mte_bench.errors import UserError
 
@@ -147,7 +149,7 @@ def test_the_protocol_states_the_defaults_of_the_estimator_and_ibots_rates():
 def test_the_evaluation_tells_every_rate_and_what_choosing_on_val_would_have_given(capsys):
     classes = tuple("abcd")
     _, protocol = load_protocol(LINEAR, "fast", ("rates=[0.001, 0.1]", "epochs=3"))
-    outcome = evaluate_linear(protocol, Split(*blobs(200), classes), Split(*blobs(100, seed=1), classes), torch.device("cpu"))
+    outcome = protocol.evaluate(Split(*blobs(200), classes), Split(*blobs(100, seed=1), classes), torch.device("cpu"))
     assert list(outcome.metrics) == ["top1"]  # of four classes, the first five are no measure
     assert outcome.details["rate"] in outcome.details["rates"] == [0.001, 0.1]
     assert len(outcome.details["held_out_top1"]) == 2 and outcome.details["held_out_images"] == 20

@@ -78,6 +78,10 @@ def test_a_spec_and_its_canonical_form_mean_the_same(spec: str, canonical: str) 
         ("scenes?size=4", "at least 16"),
         ("scenes?train=0", "'train' is a whole number from 1"),
         ("scenes?images=3&per_class=2", "not both"),
+        ("scenes?train_share=0.1&train_list=x", "give train_share or train_list, not both"),
+        ("scenes?train=40&val=20&size=16&train_share=1.5", "'train_share' is above 0 and at most 1, got '1.5'"),
+        ("scenes?train=40&val=20&size=16&train_share=a", "'train_share' is above 0 and at most 1, got 'a'"),
+        ("scenes?train=40&val=20&size=16&train_list=/nowhere/list", "train_list /nowhere/list: cannot be read (No such file"),
         ("scenes?size=", "key=value"),
         ("/nowhere/at/all", "no folder '/nowhere/at/all'"),
         ("tar:/nowhere/*.tar", "no file matches"),
@@ -419,3 +423,48 @@ def test_real_data_sets(spec: str, counts: tuple[int, int], classes: int) -> Non
         assert len(images) == count and len(images.classes) == classes
         assert set(images.labels.tolist()) == (set(range(classes)) or {-1})
         assert images.image(count // 2).mode == "RGB"
+
+
+# --- semi-supervised: a smaller train split, the whole val split ---------------------------------------------------------
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> str:
+    """Classes of 300, 40 and 1 train images, 3 val images each."""
+    for name, count in (("a", 300), ("b", 40), ("c", 1)):
+        for split, images in (("train", count), ("val", 3)):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(images):
+                (tmp_path / split / name / f"{name}{index}.png").write_bytes(b"")
+    return str(tmp_path)
+
+
+def test_a_share_of_every_class_of_train_is_taken_and_nothing_of_val(uneven: str) -> None:
+    whole = open_source(uneven, "train")
+    chosen = {}
+    for share, counts in ((0.01, [3, 1, 1]), (0.1, [30, 4, 1]), (1, [300, 40, 1])):
+        images = open_source(f"{uneven}?train_share={share}", "train")
+        assert np.bincount(images.labels).tolist() == counts and images.subset == f"train_share={share:g}"
+        assert images.fingerprint != whole.fingerprint
+        chosen[share] = {images.name(index) for index in range(len(images))}
+        assert len(open_source(f"{uneven}?train_share={share}", "val")) == 9
+    assert chosen[0.01] < chosen[0.1] < chosen[1]
+    few = open_source(f"{uneven}?train_per_class=4", "train")
+    assert np.bincount(few.labels).tolist() == [4, 4, 1] and few.subset == "train_per_class=4"
+    both = f"{uneven}?per_class=2&train_per_class=1"
+    assert len(open_source(both, "train")) == 3 and len(open_source(both, "val")) == 6
+
+
+def test_a_list_names_the_train_images_by_path_or_file_name(uneven: str, tmp_path: Path) -> None:
+    listing = tmp_path / "1percent.txt"
+    listing.write_text("a7.png\r\ntrain/b/b3.png\n\nc0.png\na299.png\n")
+    images = open_source(f"{uneven}?train_list={listing}", "train")
+    assert [images.name(index) for index in range(4)] == [f"train/{name}.png" for name in ("a/a299", "a/a7", "b/b3", "c/c0")]
+    assert images.labels.tolist() == [0, 0, 1, 2] and images.subset == "train_list=1percent.txt"
+    assert len(open_source(f"{uneven}?train_list={listing}", "val")) == 9
+    listing.write_text("a7.png\na300.png\n")
+    with pytest.raises(UserError, match=r"1 of its 2 images.*'a300\.png'"):
+        open_source(f"{uneven}?train_list={listing}", "train")
+    listing.write_text("\n")
+    with pytest.raises(UserError, match="names no images"):
+        open_source(f"{uneven}?train_list={listing}", "train")

@@ -5,6 +5,7 @@ the weights, no intercept. iBOT stops its own solver (cyanure's, catalyst-miso) 
 """
 
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Literal, Self
 
@@ -75,16 +76,19 @@ class LogisticProbe:
 
     def _solve(self, x: torch.Tensor, labels: NDArray[np.int64], classes: int) -> Heads:
         """The classifiers of all penalties, each started from that of the next larger one."""
+        from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
-        present = np.unique(labels)
+        present, in_memory = np.unique(labels), x.double().numpy()  # in float32 its line search gives up early
         weights = torch.zeros(len(self.penalties), classes, x.shape[1])
         biases = torch.full((len(self.penalties), classes), NEVER)
         solver = LogisticRegression(tol=self.tolerance, max_iter=self.iterations, fit_intercept=False, warm_start=True)
         for place in sorted(range(len(self.penalties)), key=lambda place: -self.penalties[place]):
             # scikit-learn sums the cross-entropy, and of two classes it penalises the difference, w, in place of +- w / 2.
             solver.C = (2 if len(present) == 2 else 1) / (len(x) * self.penalties[place])
-            solver.fit(x.numpy(), labels)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # said below, in this program's words
+                solver.fit(in_memory, labels)
             if solver.n_iter_.max() >= self.iterations:
                 log(f"linear: penalty {self.penalties[place]:g} was not solved in {self.iterations} iterations")
             coefficients = torch.from_numpy(solver.coef_).float()
@@ -125,10 +129,10 @@ class LogisticProtocol(LinearProtocol):
         return Outcome(top_metrics(probe.predict(val.features), val.labels, len(train.classes)), details)
 
     def estimate(self, train: int, val: int, width: int, classes: int, device: torch.device) -> TaskEstimate:
-        """From one evaluation of the objective on some random features, and 100 for each penalty."""
+        """From one evaluation of the objective on some random features, and 200 for each penalty in each of the two fits."""
         rows = min(train, 4096)
-        x, weight = torch.randn(rows, width), torch.randn(classes, width)
+        x, weight = torch.randn(rows, width, dtype=torch.float64), torch.randn(classes, width, dtype=torch.float64)
         began = time.perf_counter()
         torch.softmax(x @ weight.T, 1).T @ x
         seconds = time.perf_counter() - began
-        return TaskEstimate(seconds * train / rows * 200 * len(self.penalties), 4 * (2 * train * (width + classes)))
+        return TaskEstimate(seconds * train / rows * 400 * len(self.penalties), 8 * 2 * train * (width + classes))
