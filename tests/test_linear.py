@@ -48,7 +48,7 @@ def test_stacked_training_is_that_of_independent_classifiers_value_by_value(weig
     x, y = torch.from_numpy(features), torch.from_numpy(labels)
     rates = (1e-4, 3e-3, 2e-2, 0.1, 0.5)
     probe = LinearProbe(rates, epochs=8, batch_size=64, weight_decay=weight_decay, seed=3)
-    heads = probe._train(x, y, 4, rates)
+    heads = probe._train(x, y, torch.arange(500), 4, rates)
     for index, rate in enumerate(rates):
         layer = one_by_one(probe, x, y, 4, rate)
         torch.testing.assert_close(heads.weight[index], layer.weight.detach(), rtol=0, atol=1e-5)

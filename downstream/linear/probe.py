@@ -84,16 +84,19 @@ class LinearProbe:
         y = torch.from_numpy(np.array(labels, dtype=np.int64)).to(self.device)
         if len(y) == 0 or int(y.min()) == int(y.max()):
             raise UserError("linear: the train images are of one class only; at least two are needed")
-        x = torch.from_numpy(np.array(features, dtype=np.float32)).to(self.device)
+        x = torch.from_numpy(np.array(features)).to(self.device)  # once, in the precision that it is kept in
         self.mean_, self.scale_ = torch.zeros(x.shape[1], device=x.device), torch.ones(x.shape[1], device=x.device)
         if self.standardise:
+            x = x.float()
             self.mean_, self.scale_ = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
             x = (x - self.mean_) / self.scale_
         out = torch.from_numpy(hold_out(np.asarray(labels), self.held_out, self.seed)).to(self.device)
-        self.sweep_ = self._train(x[~out], y[~out], int(y.max()) + 1, self.rates)
+        kept = (~out).nonzero().squeeze(1)
+        self.sweep_ = self._train(x, y, kept, int(y.max()) + 1, self.rates)
         self.held_out_top1_, self.held_out_loss_ = accuracy(self.sweep_, x[out], y[out])
         self.rate_ = self.rates[best_of(self.held_out_top1_, self.held_out_loss_)]
-        self.heads_ = self._train(x, y, int(y.max()) + 1, [self.rate_])
+        everything = torch.arange(len(x), device=x.device)
+        self.heads_ = self._train(x, y, everything, int(y.max()) + 1, [self.rate_])
         return self
 
     def predict(self, features: NDArray[np.floating]) -> NDArray[np.int64]:
@@ -105,8 +108,8 @@ class LinearProbe:
         x = torch.from_numpy(np.array(features, dtype=np.float32)).to(self.device)
         return (x - self.mean_) / self.scale_ if self.standardise else x
 
-    def _train(self, x: Tensor, y: Tensor, classes: int, rates: Sequence[float]) -> Heads:
-        """Train a head for each of ``rates`` on features ``x`` (``n c``) and labels ``y`` (``n``), all in one pass."""
+    def _train(self, x: Tensor, y: Tensor, rows: Tensor, classes: int, rates: Sequence[float]) -> Heads:
+        """Train a head for each of ``rates`` on some ``rows`` of features ``x`` (``n c``) and labels ``y`` (``n``), all in one pass."""
         generator = torch.Generator().manual_seed(self.seed)
         r = len(rates)
         fresh = fresh_heads(r, classes, x.shape[1], self.init_std, generator)
@@ -115,8 +118,8 @@ class LinearProbe:
         line = ProgressLine()
         for epoch in range(self.epochs):
             rate = (scaled * (0.5 * (1 + math.cos(math.pi * epoch / self.epochs)))).float().to(x.device)
-            for chosen in torch.randperm(len(x), generator=generator).to(x.device).split(self.batch_size):
-                trainer.step(x[chosen], y[chosen], rate)
+            for chosen in rows[torch.randperm(len(rows), generator=generator).to(x.device)].split(self.batch_size):
+                trainer.step(x[chosen].float(), y[chosen], rate)
             text = f"linear, {r} rate{'s' if r > 1 else ''}: epoch {epoch + 1}/{self.epochs}  {line.seconds:.0f} s"
             line.show(text, last=line.terminal and epoch + 1 == self.epochs)
         return trainer.heads
@@ -167,7 +170,7 @@ class SweepProtocol(LinearProtocol):
         for rates in (self.rates, self.rates[:1]):
             for warm in (True, False):
                 began = time.perf_counter()
-                probe._train(x, y, classes, rates)[0].sum().item()
+                probe._train(x, y, torch.arange(len(x), device=device), classes, rates)[0].sum().item()
                 seconds += 0 if warm else time.perf_counter() - began
         values = (train + val) * width + 2 * r * classes * width + 2 * r * classes * self.batch_size
         return TaskEstimate(seconds / len(x) * train * self.epochs, 4 * values)
