@@ -99,7 +99,7 @@ def show_plan(plan: dict[str, Any], as_json: bool) -> None:
     if as_json:
         show_json(plan)
     else:
-        rows = [[key, f"{value:,}" if isinstance(value, int) else str(value)] for key, value in _flat(plan)]
+        rows = [[key, f"{value:,}" if type(value) is int else str(value)] for key, value in _flat(plan)]
         show_table("nothing done: this is what would be", ["", ""], rows)
 
 

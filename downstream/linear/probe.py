@@ -109,7 +109,7 @@ class LinearProbe:
         return (x - self.mean_) / self.scale_ if self.standardise else x
 
     def _train(self, x: Tensor, y: Tensor, rows: Tensor, classes: int, rates: Sequence[float]) -> Heads:
-        """Train a head for each of ``rates`` on some ``rows`` of features ``x`` (``n c``) and labels ``y`` (``n``), all in one pass."""
+        """A head for each of ``rates``, trained on some ``rows`` of features ``x`` (``n c``) and labels ``y`` (``n``)."""
         generator = torch.Generator().manual_seed(self.seed)
         r = len(rates)
         fresh = fresh_heads(r, classes, x.shape[1], self.init_std, generator)

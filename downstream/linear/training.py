@@ -90,7 +90,7 @@ class Training:
 
     def run(self) -> Outcome:
         """Train from where an earlier run stopped and measure."""
-        if self._restore():
+        if self._restore() and self.place[0] == 0:
             log(f"linear: going on behind epoch {self.epoch}")
         line = ProgressLine()
         views = self._views()
@@ -138,7 +138,8 @@ class Training:
                     losses[self._places(sweep)] += sweep.all.step(x, y, own_rates).double()
                     if sweep.kept is not None and kept.any():
                         sweep.kept.step(x[kept], y[kept], own_rates)
-            line.show(self._progress(number + 1, line), last=step + 1 == self.protocol.epochs * per_epoch)
+            if self.place[0] == 0:
+                line.show(self._progress(number + 1, line), last=step + 1 == self.protocol.epochs * per_epoch)
         self.train_loss.append((distributed.summed(losses, self.device) / per_epoch).tolist())
 
     def _progress(self, done: int, line: ProgressLine) -> str:
@@ -201,7 +202,8 @@ class Training:
             held = self._accuracies("kept", 0, self.held.numpy())
             chosen = best_of(*held)
             details = {"held_out_top1": self._table(held[0]), "held_out_images": int(self.held.sum())}
-            warn_of_edge("learning rate", self.heads[chosen][1], protocol.rates)
+            if self.place[0] == 0:
+                warn_of_edge("learning rate", self.heads[chosen][1], protocol.rates)
         best = self.best
         metrics = top_metrics(self._ranked(chosen).numpy(), self.val.labels, self.classes)
         metrics["top1_best_on_val"] = Predictions(best.ranked[:, 0].numpy(), self.val.labels)
