@@ -127,7 +127,7 @@ def prepare(task: Task[P], request: Request, opened: Opened) -> Job:
         splits = _splits(parts, found, protocol, readable)
         bank, asked = next(iter(splits.values()))
         if task.evaluate_on_views is not None and protocol.views:
-            identity = hash_of([subject.sha256, fingerprint, precision_name(how)])
+            identity = hash_of([subject.sha256, fingerprint, precision_name(how), len(readable[0])])
             encoder, transform = parts[0].checkpoint.encoder, parts[0].transform
             material = Material(encoder, readable[0], transform, how, splits, folder, identity)
             outcome = task.evaluate_on_views(protocol, material)

@@ -35,8 +35,9 @@ def place() -> tuple[int, int]:
 
 
 def summed(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The sum of ``values`` over the processes, on ``device`` (that of the group's backend); itself if there is one process."""
+    """The sum of ``values`` over the processes, on ``device`` (the group's kind); ``values`` themselves without a group."""
+    if not dist.is_initialized():
+        return values
     values = values.to(device)
-    if dist.is_initialized():
-        dist.all_reduce(values)
+    dist.all_reduce(values)
     return values

@@ -160,7 +160,7 @@ def test_stochastic_depth_is_drawn_anew_for_each_step_and_only_while_training(da
     without, _ = trained(data, tmp_path / "b", "moby", (*changes, "drop_path=0"), checkpoint=SWIN)
     assert not torch.equal(heads(with_depth)["global all"], heads(without)["global all"])
     views = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
-    first, again, other = (with_depth._features(views, 4, step)["global"] for step in (0, 0, 1))
+    first, again, other = (with_depth._features(iter([views]), 4, step)["global"] for step in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first[0], first[1])
     assert not with_depth.material.encoder.training
 

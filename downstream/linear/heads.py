@@ -143,9 +143,9 @@ def accuracy(heads: Heads, x: Tensor, y: Tensor) -> tuple[list[float], list[floa
     size = max(1, _BLOCK_VALUES // max(1, r * classes))
     for xb, yb in zip(x.split(size), y.split(size), strict=True):
         scores, labels = logits(heads, xb.to(heads.weight)), yb.to(heads.weight.device)
-        right += (scores.argmax(1) == labels).double().sum(1).cpu()
+        right += (scores.argmax(1) == labels).cpu().double().sum(1)
         losses = torch.logsumexp(scores, 1) - scores[:, labels, torch.arange(len(xb), device=labels.device)]
-        loss += losses.double().sum(1).cpu()
+        loss += losses.cpu().double().sum(1)
     finite = loss.isfinite()
     return (100 * right.where(finite, 0) / len(x)).tolist(), (loss.where(finite, math.inf) / len(x)).tolist()
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from downstream.features import encode_batch
 from downstream.linear.heads import Heads, HeadTrainer, accuracy, best_of, fresh_heads, hold_out, rank, warn_of_edge
-from downstream.linear.views import share, view_batches
+from downstream.linear.views import Keys, share, view_batches
 from downstream.task import Material, Outcome, Predictions, Split, top_metrics
 from mte_bench import distributed
 from mte_bench.console import ProgressLine, log
@@ -93,9 +93,9 @@ class Training:
         if self._restore() and self.place[0] == 0:
             log(f"linear: going on behind epoch {self.epoch}")
         line = ProgressLine()
-        views = self._views()
+        views, steps = self._views(), self.steps.from_epoch(self.epoch)
         while self.epoch < self.protocol.epochs:
-            self._train_epoch(views, line)
+            self._train_epoch(views, steps, line)
             self.epoch += 1
             if self.protocol.val_every_epoch or self.epoch == self.protocol.epochs:
                 self._measure()
@@ -115,27 +115,26 @@ class Training:
 
         return Sweep(kind, own, fresh(), fresh() if len(self.heads) > 1 else None)
 
-    def _views(self) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-        """This process's views of every step that is left, and the images of the whole step."""
-        how, size = self.material.how, self.material.transform.crop
-        batches = view_batches(self.material.images, self.protocol.view, size, self.steps, self.epoch, self.place, how)
-        for views, keys in zip(batches, self.steps.from_epoch(self.epoch), strict=True):
-            yield views, keys[:, 1]
+    def _views(self) -> Iterator[Tensor]:
+        """This process's views of the steps that are left."""
+        material = self.material
+        size = material.transform.crop
+        return view_batches(material.images, self.protocol.view, size, self.steps, self.epoch, self.place, material.how)
 
-    def _train_epoch(self, views: Iterator[tuple[Tensor, NDArray[np.int64]]], line: ProgressLine) -> None:
+    def _train_epoch(self, views: Iterator[Tensor], steps: Iterator[Keys], line: ProgressLine) -> None:
         per_epoch = self.steps.per_epoch
-        losses = torch.zeros(len(self.heads), dtype=torch.float64, device=self.device)
+        losses = torch.zeros(len(self.heads), device=self.device)
         for number in range(per_epoch):
             step = self.epoch * per_epoch + number
-            own_views, images = next(views)
-            features = self._features(own_views, len(images), step)
+            images = next(steps)[:, 1]
+            features = self._features(views, len(images), step)
             kept, y = ~self.held[images], torch.from_numpy(self.train.labels[images]).to(self.device)
             kept = kept.to(self.device)
-            rates = self.protocol.rates_at(step, per_epoch)
+            rates = self.protocol.rates_at(step, per_epoch).float()
             for sweep in self.sweeps:
                 if sweep.own:
                     x, own_rates = features[sweep.kind], rates[sweep.own].to(self.device)
-                    losses[self._places(sweep)] += sweep.all.step(x, y, own_rates).double()
+                    losses[self._places(sweep)] += sweep.all.step(x, y, own_rates)
                     if sweep.kept is not None and kept.any():
                         sweep.kept.step(x[kept], y[kept], own_rates)
             if self.place[0] == 0:
@@ -148,9 +147,9 @@ class Training:
         where = f"epoch {self.epoch + 1}/{self.protocol.epochs}, step {done}/{self.steps.per_epoch}"
         return f"linear, {count}: {where}  {line.seconds:.0f} s{best}"
 
-    def _features(self, views: Tensor, images: int, step: int) -> dict[str, Tensor]:
-        """The features (``b c``) of a step's ``images`` views, of which ``views`` are this process's."""
-        first, last = share(np.empty((images, 2), np.int64), self.place)
+    def _features(self, views: Iterator[Tensor], images: int, step: int) -> dict[str, Tensor]:
+        """The features (``b c``) of all views of a step with ``images`` images; this process's views are next in ``views``."""
+        first, last = share(images, self.place)
         depth = self.encoder.draw_drop_path(images, _generator(self.protocol.seed, step))
         widths = [split.features.shape[1] for split, _ in self.material.splits.values()]
         joined = torch.zeros(images, sum(widths), device=self.device)
@@ -158,7 +157,7 @@ class Training:
         self.encoder.train(depth is not None)
         for start in range(first, last, how.batch_size):
             rows = slice(start, min(start + how.batch_size, last))
-            batch = views[start - first : rows.stop - first].to(self.device, non_blocking=True)
+            batch = next(views).to(self.device, non_blocking=True)
             self.encoder.use_drop_path(None if depth is None else depth[:, rows].to(self.device))
             found = encode_batch(self.encoder, normalise(batch, spec.mean, spec.std), self.kinds, how)
             joined[rows] = torch.from_numpy(np.concatenate([found[kind] for kind in self.kinds], axis=1)).to(joined)

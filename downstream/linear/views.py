@@ -72,21 +72,23 @@ class Steps(NamedTuple):
                 yield np.stack([passes, indices], axis=1)
 
 
-def share(keys: Keys, place: tuple[int, int]) -> tuple[int, int]:
-    """The rows of a step that process ``place`` (rank, processes) has: the first and the one behind the last."""
+def share(images: int, place: tuple[int, int]) -> tuple[int, int]:
+    """Of a step's ``images``, those that process ``place`` (rank, processes) has: the first and the one behind the last."""
     rank, processes = place
-    return rank * len(keys) // processes, (rank + 1) * len(keys) // processes
+    return rank * images // processes, (rank + 1) * images // processes
 
 
 class _Shares(Sampler[Keys]):
-    """A process's part of every step."""
+    """A process's part of every step, in pieces of ``size`` images."""
 
-    def __init__(self, steps: Steps, first_epoch: int, place: tuple[int, int]):
-        self.steps, self.first_epoch, self.place = steps, first_epoch, place
+    def __init__(self, steps: Steps, first_epoch: int, place: tuple[int, int], size: int):
+        self.steps, self.first_epoch, self.place, self.size = steps, first_epoch, place, size
 
     def __iter__(self) -> Iterator[Keys]:
         for keys in self.steps.from_epoch(self.first_epoch):
-            yield keys[slice(*share(keys, self.place))]
+            first, last = share(len(keys), self.place)
+            for start in range(first, last, self.size):
+                yield keys[start : min(start + self.size, last)]
 
 
 class _Views(Dataset[Tensor | CorruptImage]):
@@ -117,12 +119,12 @@ def view_batches(
 ) -> Iterator[Tensor]:
     """For every step from ``first_epoch`` on, process ``place``'s views, ``size`` pixels a side: uint8 ``b 3 h w``.
 
-    Raises ``CorruptImage`` for an image that cannot be read.
+    They come in pieces of ``how.batch_size``, and what is left of the step. Raises ``CorruptImage`` for one that cannot be read.
     """
     loader: DataLoader[Any] = DataLoader(
         _Views(images, settings, size, steps.seed),
-        batch_size=None,  # the sampler gives whole batches
-        sampler=_Shares(steps, first_epoch, place),
+        batch_size=None,  # the sampler gives whole pieces
+        sampler=_Shares(steps, first_epoch, place, how.batch_size),
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # its draw for the workers' seeds, which nothing here uses, leaves the global state alone
         **loader_options(how),
