@@ -120,7 +120,7 @@ def test_an_ensemble_is_its_features_at_unit_length_side_by_side(command, data, 
         splits.append(Split(np.concatenate(rows, axis=1), images.labels, images.classes))
     assert splits[0].features.shape == (56, 32 + 32 + 24)
     task = KNN_TASK if command is knn else LINEAR
-    protocol = task.protocol.model_validate({**record.protocol.settings, "task": task.name, "version": 1})
+    protocol = task.protocol.check({**record.protocol.settings, "task": task.name, "version": 1}, "record")
     outcome = task.evaluate(protocol, *splits, "cpu")
     assert record.metrics == {name: percentage(found.correct) for name, found in outcome.metrics.items()}
     assert (tmp_path / "runs").is_dir() and "+" in next((tmp_path / "runs").glob("*+*")).name
