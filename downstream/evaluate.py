@@ -358,8 +358,9 @@ def _cost(began: float, found: list[Features], device: torch.device) -> Cost:
 
 
 def precision_name(how: Pass) -> str:
-    """The encoder's precision as records state it."""
-    return str(how.precision).removeprefix("torch.")
+    """The encoder's precision as records state it, and the features' type where that is not the usual one."""
+    name, kept = str(how.precision).removeprefix("torch."), np.dtype(how.dtype).name
+    return name if how.dtype == how._replace(feature_dtype="auto").dtype else f"{name}, features {kept}"
 
 
 def subject_title(subject: Subject, source: str, count: int) -> str:

@@ -157,6 +157,8 @@ def study(analysis: Analysis[A], request: Request, shown: int | None = None) -> 
         show_plan(job.plan(), request.json)
         return None
     record = job.run()
+    if record is None:
+        return None
     _show(record, request.json)
     log(f"picture: {job.folder / record.files['picture']}")
     log(f"record: {job.folder / records.RECORD_NAME}")

@@ -19,7 +19,7 @@ from downstream.linear.protocol import LinearProtocol
 from downstream.task import FeatureProtocol, Outcome, Split, TaskEstimate, top_metrics
 from mte_bench.console import log
 from mte_bench.errors import UserError
-from mte_bench.knn_vote import normalise
+from mte_bench.knn_bank import normalise
 
 
 class LogisticProbe:

@@ -225,7 +225,7 @@ class Training:
                 "processes": self.place[1],
                 **details,
             },
-            lambda: self._path.unlink(missing_ok=True),
+            recorded=lambda: self._path.unlink(missing_ok=True),
         )
 
     def _table(self, values: Sequence[float]) -> dict[str, list[float]]:
