@@ -135,6 +135,8 @@ def prepare(task: Task[P], request: Request, opened: Opened) -> Job:
                 return None
         elif how.rank > 0:
             return None  # its share of the features is all that is wanted of it
+        elif task.evaluate_kinds is not None and len(splits) > 1:
+            outcome = task.evaluate_kinds(protocol, splits, how.device)
         else:
             outcome = task.evaluate(protocol, bank, asked, how.device)
         predictions = {f"prediction:{metric}": result.predicted for metric, result in outcome.metrics.items()}

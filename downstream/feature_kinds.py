@@ -17,6 +17,7 @@ Raw is before the final norm; CLS attention is the mean over heads. Of a Swin-T,
 = 2304 wide.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,17 +39,26 @@ class Kind(NamedTuple):
     """Whether it needs the CLS attention of the last block."""
 
 
-def kind_of(name: str, encoder: Encoder) -> Kind:
-    """The kind called ``name`` for ``encoder``.
+def kind_of(name: str, encoder: Encoder, size: int | None = None) -> Kind:
+    """The kind called ``name`` for ``encoder``, and for square images of ``size`` pixels.
 
-    Raises ``UserError`` for a name that is none and for a kind that the encoder does not have.
+    Raises ``UserError`` for a name that is none, and for a kind that the encoder does not have or that asks for more
+    patches than such an image has.
     """
+    if size is not None and patches_taken(name) > (patches := math.prod(encoder.patch_grid(size))):
+        raise UserError(f"feature '{name}': an image of {size} pixels has only {patches} patches; choose fewer")
     for pattern, make in KINDS.items():
         match = re.fullmatch(re.escape(pattern).replace(r"\{N\}", r"([1-9]\d*)"), name)
         if match:
             return make(name, encoder, int(match[1]) if match.groups() else 0)
     known = [pattern.replace("{N}", "4") for pattern in KINDS]
     raise UserError(f"feature '{name}': there is no such kind{did_you_mean(name, known)}")
+
+
+def patches_taken(name: str) -> int:
+    """How many patches a kind chooses of an image; 0 where it chooses none."""
+    match = re.fullmatch(r"patches-(?:top|bottom)(\d+)", name)
+    return int(match[1]) if match else 0
 
 
 def _global(name: str, encoder: Encoder, number: int) -> Kind:
@@ -86,8 +96,6 @@ def _attended(sign: int) -> Callable[[str, Encoder, int], Kind]:
 
         def compute(tokens: Tokens) -> Tensor:
             assert tokens.attention is not None
-            if number > tokens.attention.shape[2]:
-                raise UserError(f"feature '{name}': an image has only {tokens.attention.shape[2]} patches; choose fewer")
             chosen = (sign * tokens.attention.mean(dim=1)).topk(number, dim=1).indices
             return tokens.raw_patches.take_along_dim(chosen.unsqueeze(2), dim=1).mean(dim=1)
 

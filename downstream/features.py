@@ -158,7 +158,7 @@ def encode_batch(encoder: Encoder, batch: Tensor, kinds: Sequence[str], how: Pas
 def _store(
     encoder: Encoder, weights: str, images: ImageSet, transform: EvaluationTransform, kind: str, how: Pass
 ) -> FeatureStore:
-    kind_of(kind, encoder)  # refuses what cannot be computed
+    kind_of(kind, encoder, transform.crop)  # refuses what cannot be computed
     about = {
         "code": CODE_VERSION,
         "weights": weights,

@@ -4,8 +4,10 @@ Features of unit length, cosine similarity with every image of the bank, DINO's 
 Source: DINO ``eval_knn.py``; MTE reports k = 10. With few images of each class: DINOv2 ``eval/knn.py``.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 from typing import Annotated, Any, Self
 
@@ -23,9 +25,12 @@ from pydantic import (
 )
 from torch import Tensor
 
+from downstream.feature_kinds import patches_taken
+from downstream.kinds_picture import draw_kinds
 from downstream.neighbours import proposer
 from downstream.task import FeatureProtocol, Outcome, Predictions, Split, Task, TaskEstimate, top_metrics
 from mte_bench.console import log
+from mte_bench.encoders.encoder import Encoder
 from mte_bench.errors import UserError
 from mte_bench.knn_bank import Bank
 from mte_bench.knn_search import state_bytes
@@ -134,6 +139,19 @@ class KNNProtocol(FeatureProtocol):
     few_shot: FewShot | None = None
     """In place of the whole bank. Of k, those up to the images per class are taken, and that number itself."""
 
+    @property
+    def compares_kinds(self) -> bool:
+        """Each kind is evaluated by itself."""
+        return True
+
+    def kinds(self, encoder: Encoder) -> tuple[str, ...]:
+        """As for any protocol; of several kinds, those that take more patches than an image has are left out."""
+        kinds = super().kinds(encoder)
+        if len(kinds) == 1:
+            return kinds
+        patches = math.prod(encoder.patch_grid(encoder.spec.side))
+        return tuple(kind for kind in kinds if patches_taken(kind) <= patches)
+
     @model_serializer(mode="wrap")
     def _as_in_a_file(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """One temperature as a number, and nothing about few-shot banks where there are none."""
@@ -227,4 +245,20 @@ def estimate_knn(protocol: KNNProtocol, train: int, val: int, width: int, classe
     return TaskEstimate(seconds * (sum(searches) / bank) * (val / queries), held)
 
 
-KNN_TASK = Task("knn", KNNProtocol, "knn", evaluate_knn, estimate_knn)
+def evaluate_kinds(protocol: KNNProtocol, splits: dict[str, tuple[Split, Split]], device: torch.device) -> Outcome:
+    """As ``evaluate_knn`` for each kind of feature, whose name ends those of its metrics; with a picture of the first ``k``."""
+    metrics: dict[str, Predictions] = {}
+    details: dict[str, Any] = {}
+    for kind, (train, val) in splits.items():
+        outcome = evaluate_knn(protocol, train, val, device)
+        metrics |= {f"{name}_{kind}": found for name, found in outcome.metrics.items()}
+        details[kind] = outcome.details
+    asked = [kind.strip() for kind in protocol.feature.split(",")]
+    if left_out := [kind for kind in asked if kind not in splits]:
+        log(f"left out, as images have fewer patches: {', '.join(left_out)}")
+    first = {kind: next(found for name, found in metrics.items() if name.endswith(f"_{kind}")) for kind in splits}
+    top1 = {kind: 100 * float(found.correct.mean()) for kind, found in first.items()}
+    return Outcome(metrics, {"kinds": details, "kinds_left_out": left_out}, draw=partial(draw_kinds, top1, protocol.k[0]))
+
+
+KNN_TASK = Task("knn", KNNProtocol, "knn", evaluate_knn, estimate_knn, evaluate_kinds=evaluate_kinds)

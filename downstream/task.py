@@ -51,6 +51,11 @@ class FeatureProtocol(ImageProtocol):
         """Whether it trains on augmented views, for which it needs the images too."""
         return False
 
+    @property
+    def compares_kinds(self) -> bool:
+        """Whether it takes several kinds of feature and compares them."""
+        return self.views
+
     def view_passes(self, train: int) -> float:
         """How often the encoder goes over the ``train`` images to do so."""
         return 0
@@ -60,7 +65,7 @@ class FeatureProtocol(ImageProtocol):
         if self.feature == "published":
             return (published_feature(encoder),)
         kinds = tuple(kind.strip() for kind in self.feature.split(","))
-        if len(kinds) > 1 and not self.views:
+        if len(kinds) > 1 and not self.compares_kinds:
             raise UserError(f"feature '{self.feature}': this protocol takes a single kind")
         return kinds
 
@@ -167,6 +172,8 @@ class Task(NamedTuple, Generic[P]):
     """From the protocol, images of train and of val, width of a feature, number of classes, device."""
     evaluate_on_views: Callable[[P, Material], Outcome] | None = None
     """For protocols whose ``views`` is true."""
+    evaluate_kinds: Callable[[P, dict[str, tuple[Split, Split]], torch.device], Outcome] | None = None
+    """For several kinds of feature: ``evaluate`` gets the first alone."""
 
     @property
     def verb(self) -> str:

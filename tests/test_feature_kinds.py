@@ -118,7 +118,8 @@ def test_swin_t_is_2304_wide():
 )
 def test_what_an_encoder_does_not_have_is_said(spec: EncoderSpec, kind: str, says: str):
     with pytest.raises(UserError, match=says):
-        features(encoder(spec), kind)
+        model = encoder(spec)
+        kind_of(kind, model, model.spec.side)
 
 
 def test_every_kind_is_computed_in_16_bits_too():

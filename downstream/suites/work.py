@@ -16,6 +16,7 @@ from itertools import groupby
 from typing import Literal, NamedTuple
 
 from downstream.evaluate import pass_of
+from downstream.feature_kinds import kind_of
 from downstream.features import extract
 from downstream.job import Job, Opened, Wanted
 from downstream.suites.cells import Cell
@@ -153,6 +154,8 @@ class _Jobs:
             with suppress(Exception):
                 job = self.of(cell)
                 for wanted in job.wanted if job.found() is None else ():
+                    for kind in wanted.kinds:
+                        kind_of(kind, wanted.part.checkpoint.encoder, wanted.part.transform.crop)  # or it would spoil the pass
                     kinds = together.setdefault(pass_key(wanted), (wanted, []))[1]
                     kinds += [kind for kind in wanted.kinds if kind not in kinds]
         how = pass_of(self.cells[0].request)
