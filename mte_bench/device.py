@@ -50,6 +50,9 @@ class Place(NamedTuple):
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
 
+ALONE = Place()
+
+
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """``auto`` is bfloat16 where the device computes it natively (CUDA compute capability 8 and later), else float32."""
     if name == "auto":

@@ -1,18 +1,18 @@
 """One process, or several under ``torchrun``: the same command and the same numbers up to reduction order."""
 
-import os
-
 import torch
 import torch.distributed as dist
+
+from mte_bench.device import Place
 
 
 def start(device: str) -> tuple[int, int]:
     """Join the process group if ``torchrun`` started this process; returns (rank, processes)."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1 and not dist.is_initialized():
+    here = Place.of_this_process()
+    if here.processes > 1 and not dist.is_initialized():
         cuda = torch.cuda.is_available() and device != "cpu"
         if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(here.local_rank)
         dist.init_process_group("nccl" if cuda else "gloo")
     return place()
 

@@ -18,8 +18,9 @@ from downstream import features, job
 from downstream.suites import cells as cells_module
 from downstream.suites.cells import Cell, cells_of, load_suite
 from downstream.suites.run import run_suite
-from downstream.suites.work import LOCK_NAME, Share, work
+from downstream.suites.work import LOCK_NAME, work
 from mte_bench.cli import main, run
+from mte_bench.device import ALONE, Place
 from mte_bench.records import Record, find_records, read_record
 
 VIT = "random:vit_tiny_patch16_224?image_size=16&patch_size=8&embed_dim=32&depth=2&num_heads=2"
@@ -318,7 +319,7 @@ def test_slurm_without_submitit_says_what_to_install(
 # Several processes ------------------------------------------------------------------------------------------------------
 
 
-def child(place: Path, share: Share, wait: bool, start: Any, answer: Any) -> None:
+def child(place: Path, share: Place, wait: bool, start: Any, answer: Any) -> None:
     """The suite in a process of its own; how each cell ended goes into ``answer``."""
     import torch
 
@@ -350,7 +351,7 @@ class Started:
         self.running: list[Any] = []
         self.kept: list[Any] = []  # an event must live until its process has started
 
-    def suite(self, place: Path, share: Share = Share(), wait: bool = True, start: Any = None) -> tuple[Any, Any]:  # noqa: B008
+    def suite(self, place: Path, share: Place = ALONE, wait: bool = True, start: Any = None) -> tuple[Any, Any]:
         answer, at_once = self.context.Queue(), self.context.Event()
         at_once.set()
         return self.process(child, place, share, wait, start or at_once, answer), answer

@@ -8,7 +8,8 @@ from typing import Any
 from downstream.evaluate import slug
 from downstream.suites.cells import cells_of, load_suite
 from downstream.suites.show import show_dry_run, show_results
-from downstream.suites.work import Share, work
+from downstream.suites.work import work
+from mte_bench.device import Place
 from mte_bench.errors import UserError
 
 
@@ -30,9 +31,10 @@ def run_suite(
     """
     loaded = load_suite(suite, checkpoints or (), data)
     folder = Path(out or Path("runs") / (slug(Path(suite).stem) + ("-smoke" if options.get("smoke") else "")))
-    # Taken out of the environment: within its cells a process is alone, nothing there waits for the others.
-    share = Share(int(os.environ.pop("RANK", "0")), int(os.environ.pop("WORLD_SIZE", "1")))
-    cells = cells_of(loaded, suite, folder, {**options, "device": _own_device(options.get("device", "auto"), share)})
+    share = Place.of_this_process()
+    for name in ("RANK", "WORLD_SIZE"):  # within its cells a process is alone: nothing there waits for the others
+        os.environ.pop(name, None)
+    cells = cells_of(loaded, suite, folder, options)
     if slurm:
         if dry_run or json or share.processes > 1:
             raise UserError("--slurm submits and shows nothing: leave out --dry-run, --json and torchrun")
@@ -49,12 +51,3 @@ def run_suite(
     if first:
         show_results(results, json)
     return first and any(result.status == "failed" for result in results)
-
-
-def _own_device(device: str, share: Share) -> str:
-    """Under ``torchrun`` each process has its own accelerator, where there are some."""
-    import torch
-
-    if share.processes == 1 or device not in ("auto", "cuda") or not torch.cuda.is_available():
-        return device
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', share.rank)) % torch.cuda.device_count()}"

@@ -13,8 +13,9 @@ import yaml
 
 from downstream.suites.cells import Suite, cells_of
 from downstream.suites.show import show_results
-from downstream.suites.work import Share, work
+from downstream.suites.work import work
 from mte_bench.console import log
+from mte_bench.device import Place
 from mte_bench.errors import UserError, did_you_mean
 
 GENERIC = ("name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node")
@@ -31,7 +32,7 @@ class Worker:
     name: str
     out: str
     options: Mapping[str, Any]
-    share: Share
+    share: Place
 
     def __call__(self) -> int:
         """Do what nobody else holds and show what there is then; the number of cells that failed."""
@@ -61,7 +62,7 @@ def submit(suite: Suite, name: str, out: Path, options: Mapping[str, Any], assig
     try:
         executor = submitit.AutoExecutor(folder=logs, cluster=own["cluster"])
         executor.update_parameters(**{"name": f"mte-bench-{out.name}", **parameters})
-        workers = [Worker(suite, name, str(out), dict(options), Share(rank, own["workers"])) for rank in range(own["workers"])]
+        workers = [Worker(suite, name, str(out), dict(options), Place(rank, own["workers"])) for rank in range(own["workers"])]
         with executor.batch():
             jobs = [executor.submit(worker) for worker in workers]
     except (RuntimeError, ValueError, NameError, AssertionError, FileNotFoundError) as error:

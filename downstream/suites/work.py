@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from downstream.evaluate import pass_of
 from downstream.feature_kinds import kind_of
@@ -22,6 +22,7 @@ from downstream.job import Job, Opened, Wanted
 from downstream.suites.cells import Cell
 from mte_bench.cli import mendable
 from mte_bench.console import log
+from mte_bench.device import ALONE, Place
 from mte_bench.errors import UserError
 from mte_bench.files import hash_of, write_text
 from mte_bench.records import Record, as_if_typed
@@ -30,13 +31,6 @@ LOCK_NAME = ".lock"
 ERROR_NAME = "error.txt"
 
 Status = Literal["done", "found", "failed", "elsewhere"]
-
-
-class Share(NamedTuple):
-    """Which of several processes this one is; they begin at different checkpoints."""
-
-    rank: int = 0
-    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class Result:
     error: str | None = None
 
 
-def work(cells: Sequence[Cell], share: Share = Share(), wait: bool = True) -> list[Result]:  # noqa: B008 - immutable
+def work(cells: Sequence[Cell], share: Place = ALONE, wait: bool = True) -> list[Result]:
     """Do those of ``cells`` that are not done; the results in the order of ``cells``.
 
     A cell that fails does not stop the others; what it failed with stays in ``error.txt`` of its folder, and it is tried
@@ -60,7 +54,7 @@ def work(cells: Sequence[Cell], share: Share = Share(), wait: bool = True) -> li
 
 
 class _Worker:
-    def __init__(self, cells: Sequence[Cell], share: Share):
+    def __init__(self, cells: Sequence[Cell], share: Place):
         self.cells, self.share = cells, share
         self.results: dict[str, Result] = {}
         self.failed_before = {str(cell.folder): _failure_time(cell) for cell in cells}
