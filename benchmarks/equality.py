@@ -36,6 +36,7 @@ from benchmarks.formulas import (
 from mte_bench.encoders.encoder import EncoderSpec, build_encoder
 from mte_bench.encoders.heads import StackedMLP
 from mte_bench.encoders.tokens import TENLayer
+from mte_bench.training.seeded import seeded
 from pretrain.methods.base import Method
 from pretrain.methods.byol import BYOL
 from pretrain.methods.dino import DINO
@@ -46,7 +47,6 @@ from pretrain.methods.mocov3 import MoCoV3, sine_cosine
 from pretrain.methods.supervised import Supervised
 from pretrain.mte import over_pairs
 from pretrain.optimiser import EMA
-from pretrain.seeded import seeded
 
 WIDTH, HIDDEN, OUTPUT, BATCH, QUEUE = 48, 64, 96, 8, 24
 Loss = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mte_bench.encoders.heads import StackedLinear
+from mte_bench.training.schedules import cosine, warmup_cosine
 from pretrain.recipe import Optimiser
-from pretrain.schedules import cosine, warmup_cosine
 
 
 def build_optimiser(student: nn.Module, settings: Optimiser, device: torch.device) -> torch.optim.AdamW:

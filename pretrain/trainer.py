@@ -24,15 +24,16 @@ from mte_bench.device import autocast, peak_memory
 from mte_bench.encoders.checkpoint import open_checkpoint, save_auxiliary, save_classifier, save_encoder
 from mte_bench.errors import UserError
 from mte_bench.files import write_text
+from mte_bench.training.batches import StepSampler, epoch_order
+from mte_bench.training.live import CURVES, Curves, LiveLine
+from mte_bench.training.schedules import cosine
 from pretrain import mte, state
-from pretrain.live import CURVES, Curves, LiveLine
-from pretrain.loader import Batch, Grid, StepSampler, epoch_order, view_loader
+from pretrain.loader import Batch, Grid, view_loader
 from pretrain.methods import METHODS
 from pretrain.methods.base import mean_over_processes, mean_over_rows
 from pretrain.monitor import classifier_top1, knn_top1
 from pretrain.optimiser import EMA, build_optimiser, clip_per_tensor, clip_whole, drop_gradients, learning_rate, set_rates
 from pretrain.recipe import Recipe
-from pretrain.schedules import cosine
 from pretrain.views import draw_views
 
 LINES_PER_EPOCH = 20

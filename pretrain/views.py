@@ -29,11 +29,11 @@ from mte_bench.data.draws import TRIES, Draws, crop_box, cut_out
 from mte_bench.data.sources import ImageSet
 from mte_bench.data.transforms import RESAMPLING
 from mte_bench.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD
-from mte_bench.errors import CorruptImage, UserError
 from mte_bench.plotting import COLOURS, picture
+from mte_bench.training.batches import readable
+from mte_bench.training.seeded import seeded
 from pretrain import pixels
 from pretrain.recipe import View, Views
-from pretrain.seeded import seeded
 
 GROUP = 1 << 17
 """Pixels of the views that are finished together: enough to be worth the calls, few enough for the processor's cache."""
@@ -198,22 +198,6 @@ def make_views(images: Iterable[Image.Image], keys: Sequence[tuple[int, int]], v
     for kind in kinds:
         kind.finish()
     return [torch.from_numpy(group) for group in groups]
-
-
-def readable(images: ImageSet, index: int, allowed: int, corrupt: dict[str, str]) -> tuple[int, Image.Image]:
-    """The image at ``index``, or the next that can be read (after the last, the first), and its index.
-
-    Those that cannot are entered into ``corrupt``, name and reason; raises ``CorruptImage`` at the ``allowed + 1``-th in a row.
-    """
-    for passed in range(len(images)):
-        position = (index + passed) % len(images)
-        try:
-            return position, images.image(position)
-        except CorruptImage as error:
-            corrupt[images.name(position)] = error.reason
-            if passed >= allowed:
-                raise
-    raise UserError(f"{images.source}: not one of its {len(images)} images can be read")
 
 
 def draw_views(path: str | Path, images: ImageSet, views: Views, seed: int, rows: int = 3, most_locals: int = 4) -> None:

@@ -11,7 +11,8 @@ from PIL import Image
 from mte_bench.data.draws import Draws
 from mte_bench.data.sources import ImageSet
 from mte_bench.errors import CorruptImage, UserError
-from pretrain.loader import StepSampler, ViewDataset, epoch_order, view_loader
+from mte_bench.training.batches import StepSampler, epoch_order
+from pretrain.loader import ViewDataset, view_loader
 from pretrain.recipe import Recipe, View, Views
 from pretrain.views import make_views
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pretrain.schedules import cosine, teacher_temperature, warmup_cosine
+from mte_bench.training.schedules import cosine, teacher_temperature, warmup_cosine
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(1000, 100), (97, 1), (50, 0), (12, 12)])

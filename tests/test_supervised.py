@@ -22,12 +22,13 @@ from mte_bench.data.transforms import normalise
 from mte_bench.encoders.checkpoint import open_checkpoint
 from mte_bench.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD
 from mte_bench.errors import UserError
+from mte_bench.training.batches import StepSampler, epoch_order
+from mte_bench.training.seeded import seeded
 from pretrain import mte
-from pretrain.loader import StepSampler, epoch_order, view_loader
+from pretrain.loader import view_loader
 from pretrain.methods.supervised import Supervised
 from pretrain.optimiser import build_optimiser
 from pretrain.recipe import Recipe, View, Views
-from pretrain.seeded import seeded
 from pretrain.trainer import Trainer
 from pretrain.views import choose, crop, erase, make_views
 from tiny import CPU, TINY, assert_same_end, make, run_until

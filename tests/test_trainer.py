@@ -17,8 +17,8 @@ from PIL import Image
 
 from mte_bench.data.sources import open_source
 from mte_bench.errors import UserError
+from mte_bench.training.live import CURVES
 from pretrain import state
-from pretrain.live import CURVES
 from pretrain.optimiser import EMA, clip_per_tensor
 from pretrain.recipe import Recipe
 from pretrain.trainer import Trainer

@@ -12,8 +12,8 @@ from benchmarks.formulas import SMALL
 from benchmarks.formulas import TINY as MODEL
 from mte_bench.data.sources import open_source
 from mte_bench.data.transforms import normalise
+from mte_bench.training.live import CURVES
 from pretrain import state
-from pretrain.live import CURVES
 from pretrain.recipe import Recipe
 from pretrain.trainer import Trainer
 

@@ -8,8 +8,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mte_bench.encoders.heads import Prototypes, StackedMLP
+from mte_bench.training.schedules import teacher_temperature
 from pretrain.methods.base import Method, full, mean_over_processes, mean_over_rows
-from pretrain.schedules import teacher_temperature
 
 
 class DINO(Method):

@@ -2,13 +2,12 @@
 
 import torch.nn.functional as F
 from pydantic import Field
-from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor, nn
 
 from mte_bench.encoders.heads import StackedLinear
 from mte_bench.errors import UserError
+from mte_bench.training.mixing import mix
 from pretrain.methods.base import Method, full
-from pretrain.seeded import seeded
 
 
 class Supervised(Method):
@@ -72,11 +71,16 @@ class Supervised(Method):
         from its end; so this, unlike all else, depends on how a batch is spread over processes.
         """
         s = self.settings
-        if not self._mixes:
-            return views, mixup_target(labels, self.classes, smoothing=s.smoothing)
-        mix = Mixup(s.mixup, s.cutmix, switch_prob=s.cutmix_share, label_smoothing=s.smoothing, num_classes=self.classes)
-        with seeded(seed):
-            mixed, targets = mix(views.flatten(0, 1), labels)  # the one view of each image
+        mixed, targets = mix(
+            views.flatten(0, 1),  # the one view of each image
+            labels,
+            self.classes,
+            seed,
+            mixup=s.mixup,
+            cutmix=s.cutmix,
+            cutmix_share=s.cutmix_share,
+            smoothing=s.smoothing,
+        )
         return mixed.view_as(views), targets
 
     def prediction(self, vectors: Tensor) -> Tensor:
