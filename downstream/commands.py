@@ -18,6 +18,7 @@ FeatureDtype = Annotated[str, typer.Option(help="How features are kept: auto (16
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Images per forward pass (default: 256 on CUDA, else 64).")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that decode images (default: by the number of cores).")]
 Cache = Annotated[str | None, typer.Option(metavar="DIR", help="Folder that keeps features (default: the user's cache).")]
+SaveMinutes = Annotated[float, typer.Option(help="Save within an epoch after so many minutes.")]
 AllowCorrupt = Annotated[int, typer.Option(min=0, help="Leave out up to so many unreadable images of each split.")]
 AllowPartial = Annotated[bool, typer.Option("--allow-partial", help="Accept a checkpoint that lacks weights.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON on stdout.")]
@@ -143,3 +144,55 @@ def _evaluate(task: Any, *, set_: list[str] | None, others: list[str] | None, **
     from downstream.evaluate import Request, evaluate
 
     return evaluate(task, Request(set=tuple(set_ or ()), others=tuple(others or ()), **options))
+
+
+def finetune(
+    checkpoint: Checkpoint,
+    data: Source,
+    out: Out = None,
+    protocol: Annotated[str, typer.Option(help="Name of a protocol (mte-bench list protocols) or a YAML file.")] = "vits",
+    set_: Set = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    workers: Workers = None,
+    save_minutes: SaveMinutes = 10.0,
+    allow_corrupt: AllowCorrupt = 0,
+    allow_partial: AllowPartial = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+) -> Any:
+    """Accuracy of an encoder that is trained further with a classifier; the same command goes on where it stopped."""
+    options = dict(locals())
+    from downstream.finetune import FINETUNE, tune
+
+    return tune(FINETUNE, *_tuning(**options))
+
+
+def inat(
+    checkpoint: Checkpoint,
+    data: Annotated[str, typer.Option("--data", metavar="SOURCE", help="inat:PATH?year=2018, the competition's layout.")],
+    out: Out = None,
+    protocol: Annotated[str, typer.Option(help="Name of a protocol (mte-bench list protocols) or a YAML file.")] = "vits-2018",
+    set_: Set = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    workers: Workers = None,
+    save_minutes: SaveMinutes = 10.0,
+    allow_corrupt: AllowCorrupt = 0,
+    allow_partial: AllowPartial = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+) -> Any:
+    """Fine-tuning on iNaturalist: accuracy per class, per taxonomic rank, and of common and rare classes."""
+    options = dict(locals())
+    from downstream.inaturalist import tune_inat
+
+    return tune_inat(*_tuning(**options))
+
+
+def _tuning(*, set_: list[str] | None, save_minutes: float, **options: Any) -> tuple[Any, float]:
+    from downstream.evaluate import Request
+
+    return Request(set=tuple(set_ or ()), **options), save_minutes

@@ -1,11 +1,9 @@
-"""Sources that are image files in folders: class folders, iNaturalist's lists, COCO, ADE20K."""
+"""Sources that are image files in folders: class folders, COCO, ADE20K."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -50,7 +48,7 @@ class FileImages(ImageSet):
 
 def open_imagefolder(source: Source, split: Split) -> ImageSet:
     """``PATH/<split>/<class>/**/*``; classes are the folder names of train, sorted. Files straight in the split have no class."""
-    root = _existing(source, Path(source.path).expanduser())
+    root = existing(source, Path(source.path).expanduser())
     train = root / "train"
     folder = next((root / name for name in _SPLIT_FOLDERS[split] if (root / name).is_dir()), None)
     if folder is None:
@@ -73,40 +71,15 @@ def open_imagefolder(source: Source, split: Split) -> ImageSet:
     return FileImages(source, split, root, files, labels, classes)
 
 
-def open_inat(source: Source, split: Split) -> ImageSet:
-    """The files listed in ``PATH/<split><year>.json``. Classes are the categories by id, named as in categories.json if there."""
-    root = _existing(source, Path(source.path).expanduser())
-    listing = root / f"{split}{source.number('year', 2018)}.json"
-    if not listing.is_file():
-        years = sorted({path.stem.removeprefix(split) for path in root.glob(f"{split}[0-9]*.json")})
-        hint = f"; there is year={years[0]}" if years else ""
-        raise UserError(f"source {source}: {root} has no {listing.name}{hint}")
-    content = _read_json(listing, dict)
-    try:
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        category_of = {entry["image_id"]: entry["category_id"] for entry in content["annotations"]}
-        names = [image["file_name"] for image in content["images"]]
-        numbers = {category["id"]: index for index, category in enumerate(categories)}
-        labels = [numbers[category_of[image["id"]]] for image in content["images"]]
-        extra = root / "categories.json"
-        titles = {entry["id"]: entry["name"] for entry in (_read_json(extra, list) if extra.is_file() else categories)}
-        classes = [str(titles.get(category["id"], category["name"])) for category in categories]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{listing}: not in iNaturalist's format (no {error} where it is needed)") from error
-    if not names:
-        raise UserError(f"source {source}: {listing.name} lists no images")
-    return FileImages(source, split, root, _with_sizes(source, root, names, listing.name), labels, classes)
-
-
 def open_coco(source: Source, split: Split) -> ImageSet:
     """``PATH/<split><year>/*``, without labels; the annotations are not needed."""
-    root = _existing(source, Path(source.path).expanduser())
+    root = existing(source, Path(source.path).expanduser())
     return _unlabelled(source, split, root, root / f"{split}{source.number('year', 2017)}")
 
 
 def open_ade20k(source: Source, split: Split) -> ImageSet:
     """``PATH/images/{training,validation}/*``, without labels; the annotations are not needed."""
-    root = _existing(source, Path(source.path).expanduser())
+    root = existing(source, Path(source.path).expanduser())
     return _unlabelled(source, split, root, root / "images" / ("training" if split == "train" else "validation"))
 
 
@@ -119,7 +92,7 @@ def _unlabelled(source: Source, split: Split, root: Path, folder: Path) -> Image
     return FileImages(source, split, root, files, np.full(len(files), -1), ())
 
 
-def _existing(source: Source, root: Path) -> Path:
+def existing(source: Source, root: Path) -> Path:
     if not root.is_dir():
         raise UserError(f"source {source}: no folder '{root}'")
     return root
@@ -149,7 +122,7 @@ def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Itera
                     yield from _walk(entry.path, name, (*above, (here.st_dev, here.st_ino)))
 
 
-def _with_sizes(source: Source, root: Path, names: Sequence[str], listing: str) -> list[File]:
+def with_sizes(source: Source, root: Path, names: Sequence[str], listing: str) -> list[File]:
     """The listed files; raises ``UserError`` naming the first that is missing."""
     folders = sorted({name.rpartition("/")[0] for name in names})
     there: dict[str, int] = {}
@@ -169,13 +142,3 @@ def _files_in(folder: Path, prefix: str) -> list[File]:
             return [(start + entry.name, entry.stat().st_size) for entry in entries if entry.is_file()]
     except OSError:
         return []
-
-
-def _read_json(path: Path, kind: type) -> Any:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({' '.join(str(error).split())})") from error
-    if not isinstance(content, kind):
-        raise UserError(f"{path}: not in iNaturalist's format")
-    return content

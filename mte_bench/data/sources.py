@@ -4,7 +4,7 @@
 |---|---|---|
 | ``scenes?train=4000&val=1000&size=64&seed=0`` | the embedded data, drawn by code | class |
 | ``imagefolder:PATH``, or just ``PATH`` | ``PATH/train/<class>/*``, ``PATH/val/...`` (or ``test/``) | class, none if flat |
-| ``inat:PATH?year=2018`` | the files that ``PATH/{train,val}2018.json`` lists | category |
+| ``inat:PATH?year=2018`` | the files that ``PATH/{train,val}2018.json`` lists | category, with its taxonomy |
 | ``coco:PATH?year=2017`` | ``PATH/{train,val}2017/*`` | none |
 | ``ade20k:PATH`` | ``PATH/images/{training,validation}/*`` | none |
 | ``tar:PATTERN`` | webdataset shards: braces and globs, ``{split}`` or ``?val=PATTERN`` | the ``cls`` member |
@@ -22,9 +22,10 @@ import hashlib
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any, Literal
 
 import numpy as np
@@ -44,6 +45,8 @@ class ImageSet:
 
     ``labels`` (n,) int64 index ``classes``; -1 where there is no label. ``fingerprint`` (16 hex digits) changes with any
     name, size in bytes or label; it does not read the pixels. ``subset`` is the option that made it smaller, or None.
+    ``taxonomy`` has, for each taxonomic rank that the source knows, the taxon of every class. ``remarks`` are what is odd
+    about the data and yet no mistake.
     """
 
     source: str
@@ -52,6 +55,8 @@ class ImageSet:
     labels: NDArray[np.int64]
     fingerprint: str
     subset: str | None = None
+    taxonomy: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,6 +76,7 @@ class Subset(ImageSet):
     def __init__(self, parent: ImageSet, indices: NDArray[np.int64], subset: str):
         self.parent, self.indices, self.subset = parent, indices, subset
         self.source, self.split, self.classes = parent.source, parent.split, parent.classes
+        self.taxonomy, self.remarks = dict(parent.taxonomy), parent.remarks
         self.labels = parent.labels[indices]
         self.fingerprint = fingerprint_of(parent.fingerprint.encode(), indices)
 
@@ -118,6 +124,12 @@ def _scenes(source: Source, split: Split) -> ImageSet:
     return open_scenes(source, split)
 
 
+def _inat(source: Source, split: Split) -> ImageSet:
+    from mte_bench.data.inaturalist import open_inat
+
+    return open_inat(source, split)
+
+
 def _files(opener: str) -> Callable[[Source, Split], ImageSet]:
     def open_files(source: Source, split: Split) -> ImageSet:
         from mte_bench.data import folders
@@ -139,7 +151,7 @@ _TRAIN_SUBSET = ("train_share", "train_per_class", "train_list")
 _KINDS: dict[str, tuple[Callable[[Source, Split], ImageSet], tuple[str, ...]]] = {
     "scenes": (_scenes, ("train", "val", "size", "seed")),
     "imagefolder": (_files("open_imagefolder"), ()),
-    "inat": (_files("open_inat"), ("year",)),
+    "inat": (_inat, ("year",)),
     "coco": (_files("open_coco"), ("year",)),
     "ade20k": (_files("open_ade20k"), ()),
     "tar": (_tar, ("val",)),

@@ -155,12 +155,16 @@ def save_auxiliary(
     write_safetensors(path, tensors, {**metadata, "format": AUXILIARY_FORMAT, "settings": settings})
 
 
-def save_classifier(path: str | Path, head: nn.Module, classes: Sequence[str], metadata: Mapping[str, Any]) -> None:
-    """Write the classifier ``head`` (a ``StackedLinear`` of one copy) of the global token as ``head.weight`` and ``head.bias``.
+def save_classifier(
+    path: str | Path, head: nn.Module, classes: Sequence[str], metadata: Mapping[str, Any], norm: nn.Module | None = None
+) -> None:
+    """Write the classifier ``head`` (Linear, or a ``StackedLinear`` of one copy) as ``head.weight`` and ``head.bias``, and the
+    ``norm`` before it, if it has one of its own, as ``fc_norm.*``.
 
     These are the names that a timm model with ``num_classes`` has beside the encoder's. The classes stand in the header.
     """
     tensors = {f"head.{name}": tensor.squeeze(0) for name, tensor in head.state_dict().items()}
+    tensors |= {f"fc_norm.{name}": tensor for name, tensor in (norm.state_dict().items() if norm else ())}
     write_safetensors(path, tensors, {**metadata, "format": CLASSIFIER_FORMAT, "classes": list(classes)})
 
 

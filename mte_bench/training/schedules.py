@@ -6,7 +6,7 @@ Nothing is stored, so a run that goes on needs only its step.
 import math
 
 
-def cosine(step: int, total: int, start: float, end: float) -> float:
+def cosine(step: float, total: float, start: float, end: float) -> float:
     """Half a cosine from ``start`` at step 0 towards ``end``, which would be reached at step ``total``."""
     return end + 0.5 * (start - end) * (1 + math.cos(math.pi * min(step, total) / total))
 

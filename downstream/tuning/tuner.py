@@ -1,0 +1,354 @@
+"""Fine-tuning: the loop, which can be stopped at any moment and goes on exactly where it stopped.
+
+Read ``Tuner.run`` first. As in pre-training, a step's randomness comes from (seed, step) and an image's from (seed, epoch,
+image), so neither the number of workers nor a stop changes what is computed. Nor does the number of processes, but for
+mixup and CutMix, which pair the images of a micro-batch.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from numpy.typing import NDArray
+from timm.loss import SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from downstream.features import Pass, decoded_batches
+from downstream.task import TOP
+from downstream.tuning.classifier import Classifier, build_optimiser, set_rate
+from downstream.tuning.protocol import Augmentation, FinetuneProtocol, learning_rate
+from mte_bench import distributed
+from mte_bench.console import log
+from mte_bench.data.sources import ImageSet, Subset
+from mte_bench.data.transforms import EvaluationTransform
+from mte_bench.device import autocast, peak_memory
+from mte_bench.encoders.checkpoint import Checkpoint, save_classifier, save_encoder
+from mte_bench.errors import UserError
+from mte_bench.files import write_text
+from mte_bench.training import state
+from mte_bench.training.batches import Key, StepSampler, load_batches, readable
+from mte_bench.training.live import Curves, LiveLine
+from mte_bench.training.mixing import mix
+
+FORMAT = 1
+LINES_PER_EPOCH = 20
+
+
+class Batch(NamedTuple):
+    """One process's images of one micro-step."""
+
+    images: Tensor
+    """``b c h w``, float32, augmented and normalised."""
+    labels: Tensor
+    """``b``."""
+    corrupt: dict[str, str]
+    """Images that could not be read, by name, and why; others stand in their place."""
+
+
+class Augmented(Dataset[Batch | UserError]):
+    """Maps a list of (epoch, place) to a ``Batch``; an error that the user can mend is returned, not raised."""
+
+    def __init__(self, images: ImageSet, augmentation: Augmentation, allow_corrupt: int):
+        self.images, self.augmentation, self.allow_corrupt = images, augmentation, allow_corrupt
+
+    def __getitem__(self, keys: Sequence[Key]) -> Batch | UserError:
+        views: list[Tensor] = []
+        labels: list[int] = []
+        corrupt: dict[str, str] = {}
+        try:
+            for epoch, place in keys:
+                index, image = readable(self.images, place % len(self.images), self.allow_corrupt, corrupt)
+                views.append(self.augmentation(image, epoch, place))
+                labels.append(int(self.images.labels[index]))
+        except UserError as error:  # a worker would wrap it in its traceback
+            return error
+        return Batch(torch.stack(views), torch.tensor(labels), corrupt)
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation on val found."""
+
+    epoch: int
+    """After how many epochs."""
+    ranked: NDArray[np.int64]
+    """The most likely classes of each val image, best first (``n 5``, or as many as there are classes); -1 for an image that
+    could not be read."""
+    top1: float
+    """Percent of the readable images."""
+
+
+class Tuner:
+    """One fine-tuning of ``checkpoint`` in the folder ``out``.
+
+    ``identity`` is all that the result depends on: a run with another one is not gone on with. ``metadata`` goes into the
+    fine-tuned weights' files. Raises ``UserError`` for settings that do not fit the data or the number of processes.
+    """
+
+    def __init__(
+        self,
+        protocol: FinetuneProtocol,
+        checkpoint: Checkpoint,
+        train: ImageSet,
+        val: ImageSet,
+        out: Path,
+        *,
+        how: Pass,
+        transform: EvaluationTransform,
+        identity: dict[str, Any],
+        metadata: dict[str, Any],
+        save_minutes: float = 10.0,
+        process: tuple[int, int] = (0, 1),
+    ):
+        self.protocol, self.train, self.val, self.out = protocol, train, val, out
+        self.how, self.transform, self.identity, self.metadata = how, transform, identity, metadata
+        self.save_minutes, (self.rank, self.processes) = save_minutes, process
+        spec = checkpoint.encoder.spec
+        self.steps_per_epoch = self._sampler().steps_per_epoch
+        self.total_steps = protocol.epochs * self.steps_per_epoch
+        self.micro_batch = protocol.batch_size // (self.processes * protocol.accumulate)
+        if protocol.mixes and self.micro_batch % 2:
+            raise UserError(
+                f"batch_size {protocol.batch_size} makes micro-batches of {self.micro_batch}: mixup and CutMix pair images; "
+                "make it even, or set both to 0"
+            )
+        self.augmentation = Augmentation(protocol, spec)
+        self.model = Classifier(spec, checkpoint.encoder.model.state_dict(), len(train.classes), protocol).to(how.device)
+        self.ema = ModelEmaV3(self.model, protocol.ema) if protocol.ema else None
+        self.optimiser = build_optimiser(self.model, protocol, how.device)
+        self.scaler = torch.amp.GradScaler(how.device.type, enabled=how.precision == torch.float16)
+        self.loss = SoftTargetCrossEntropy()
+        self.step = self.resumed = 0
+        self.seconds = 0.0
+        self.corrupt: set[str] = set()
+        self.best: Evaluated | None = None
+        self.last: Evaluated | None = None
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, with the fraction of the current one."""
+        return self.step / self.steps_per_epoch
+
+    @property
+    def reported(self) -> Evaluated:
+        """The evaluation that the record is about."""
+        found = self.best if self.protocol.reports == "best" else self.last
+        assert found is not None, "run first"
+        return found
+
+    def run(self) -> bool:
+        """Train to the end, going on where an earlier run in this folder stopped; returns whether anything was left to do."""
+        if self._restore():
+            if self.rank == 0 and self.step < self.total_steps:
+                log(f"{self.out}: going on from step {self.step} of {self.total_steps} (epoch {self.epoch:.2f})")
+        elif self.rank == 0:
+            write_text(self.out / "protocol.yaml", yaml.safe_dump(self.protocol.model_dump(mode="json"), sort_keys=False))
+        if self.step == self.total_steps:
+            return False
+        model: Any = self.model
+        if self.processes > 1:
+            model = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        curves = Curves(self.out, self.step) if self.rank == 0 else None
+        started = saved = time.monotonic()
+        earlier = self.seconds
+        try:
+            batches = self._batches()
+            with LiveLine(self.total_steps, silent=self.rank != 0) as live:
+                while self.step < self.total_steps:
+                    values = self._step(model, live.timed(batches))
+                    self.step += 1
+                    now = time.monotonic()
+                    self.seconds = earlier + now - started
+                    live.step(self.step, self.epoch, self.protocol.batch_size, values["loss"], peak_memory(self.how.device))
+                    whole_epoch = self.step % self.steps_per_epoch == 0
+                    if curves:
+                        curves.add(values)
+                        if whole_epoch or self.step % max(1, self.steps_per_epoch // LINES_PER_EPOCH) == 0:
+                            curves.write(self.step, self.epoch)
+                    if whole_epoch and self._due():
+                        self._evaluate(curves)
+                        self.seconds = earlier + time.monotonic() - started
+                    if whole_epoch or now - saved > 60 * self.save_minutes:
+                        self._save()
+                        saved = time.monotonic()
+        finally:
+            if curves:
+                curves.close()
+        return True
+
+    def evaluate_ema(self) -> Evaluated | None:
+        """The average of the weights at the end, where one is kept that is not what was evaluated all along."""
+        if self.ema is None or self.protocol.evaluates == "ema":
+            return None
+        return self._classified(self.ema.module)
+
+    def _step(self, model: Any, batches: Iterator[Batch]) -> dict[str, float]:
+        """One optimiser step; returns its loss and learning rate."""
+        protocol = self.protocol
+        lr = learning_rate(protocol, self.step, self.steps_per_epoch)
+        set_rate(self.optimiser, lr)
+        self.model.train()
+        draws = self.model.encoder.draw_drop_path(protocol.batch_size, torch.Generator().manual_seed(self._chance()))
+        total = torch.zeros((), device=self.how.device)
+        for micro in range(protocol.accumulate):
+            batch = next(batches)
+            self.corrupt.update(batch.corrupt)
+            part = self.rank * protocol.accumulate + micro
+            images, targets = self._mixed(batch, part)
+            place = slice(part * self.micro_batch, (part + 1) * self.micro_batch)
+            keep = None if draws is None else draws[:, place].to(self.how.device)
+            whole = micro == protocol.accumulate - 1 or self.processes == 1
+            with nullcontext() if whole else model.no_sync():
+                with autocast(self.how.device, self.how.precision):
+                    loss = self.loss(model(images, keep).float(), targets)
+                self.scaler.scale(loss / protocol.accumulate).backward()
+            total += loss.detach() / protocol.accumulate
+        value = float(distributed.summed(total, self.how.device)) / self.processes
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss is {value} at step {self.step + 1} (epoch {int(self.epoch) + 1}); "
+                "try a lower lr or --precision float32"
+            )
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model)
+        return {"loss": value, "lr": lr}
+
+    def _mixed(self, batch: Batch, part: int) -> tuple[Tensor, Tensor]:
+        """The images and target probabilities of a micro-batch, the ``part``-th of its step."""
+        p, device = self.protocol, self.how.device
+        images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+        return mix(
+            images,
+            labels,
+            len(self.train.classes),
+            self._chance(part + 1),
+            mixup=p.mixup,
+            cutmix=p.cutmix,
+            cutmix_share=p.cutmix_share,
+            smoothing=p.smoothing,
+        )
+
+    def _chance(self, part: int = 0) -> int:
+        """A seed for what is drawn in this step for the whole batch or, from 1, for a part of it."""
+        return (self.protocol.seed << 40) + (part << 32) + self.step
+
+    def _sampler(self, first_step: int = 0) -> StepSampler:
+        p = self.protocol
+        return StepSampler(
+            len(self.train),
+            p.batch_size,
+            p.epochs,
+            seed=p.seed,
+            first_step=first_step,
+            process=(self.rank, self.processes),
+            accumulate=p.accumulate,
+            repeats=p.repeats,
+        )
+
+    def _batches(self) -> Iterator[Batch]:
+        return load_batches(
+            Augmented(self.train, self.augmentation, self.how.allow_corrupt),
+            self._sampler(self.step),
+            workers=self.how.workers,
+            pin_memory=self.how.device.type == "cuda",
+            allow_corrupt=self.how.allow_corrupt,
+        )
+
+    def _due(self) -> bool:
+        return round(self.epoch) % self.protocol.evaluate_every == 0 or self.step == self.total_steps
+
+    def _evaluate(self, curves: Curves | None) -> None:
+        """Evaluate on val, and keep weights and predictions if they are to be reported so far."""
+        ema = self.ema if self.protocol.evaluates == "ema" else None
+        model = self.model if ema is None else ema.module
+        self.last = self._classified(model)
+        better = self.best is None or self.last.top1 > self.best.top1
+        self.best = self.last if self.best is None or better else self.best
+        if curves:
+            curves.line({"step": self.step, "epoch": self.epoch, "top1": self.last.top1})
+            log(f"\nepoch {self.epoch:.0f}: top-1 {self.last.top1:.2f} % (best {self.best.top1:.2f} %)")
+            if better if self.protocol.reports == "best" else self.step == self.total_steps:
+                self._export(model)
+
+    def _classified(self, model: nn.Module) -> Evaluated:
+        """``model`` on val, whose images are spread over the processes."""
+        own = np.arange(self.rank, len(self.val), self.processes)
+        ranked = np.full((len(own), min(TOP, len(self.train.classes))), -1)
+        model.eval()
+        place = 0
+        with torch.inference_mode(), autocast(self.how.device, self.how.precision):
+            for batch, lost, _ in decoded_batches(Subset(self.val, own, ""), self.transform, self.how):
+                scores = model(batch.to(self.how.device, non_blocking=True)).float()
+                ranked[place : place + len(batch)] = scores.topk(ranked.shape[1], dim=1).indices.cpu().numpy()
+                ranked[lost] = -1
+                place += len(batch)
+        everyone = [ranked]
+        if self.processes > 1:
+            everyone = [ranked] * self.processes
+            dist.all_gather_object(everyone, ranked)
+        found = np.empty((len(self.val), ranked.shape[1]), np.int64)
+        for rank, part in enumerate(everyone):
+            found[rank :: self.processes] = part
+        kept = found[:, 0] >= 0
+        if not kept.any():
+            raise UserError(f"{self.val.source}: not one of the {len(self.val)} val images can be read")
+        return Evaluated(round(self.epoch), found, 100 * float((found[kept, 0] == self.val.labels[kept]).mean()))
+
+    def _export(self, model: Any) -> None:
+        """The fine-tuned encoder and classifier, as they are evaluated."""
+        metadata = {**self.metadata, "epoch": round(self.epoch), "epochs": self.protocol.epochs}
+        save_encoder(self.out / "encoder.safetensors", model.encoder, metadata)
+        norm = model.fc_norm if self.protocol.pool == "mean" else None
+        save_classifier(self.out / "classifier.safetensors", model.head, self.train.classes, metadata, norm)
+
+    def _save(self) -> None:
+        if self.rank == 0:
+            values = {
+                "identity": self.identity,
+                "step": self.step,
+                "model": self.model.state_dict(),
+                "ema": None if self.ema is None else self.ema.module.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "seconds": self.seconds,
+                "corrupt": sorted(self.corrupt),
+                "resumed": self.resumed,
+                "best": _stored(self.best),
+                "last": _stored(self.last),
+            }
+            state.write(self.out, FORMAT, values)
+        distributed.barrier()
+
+    def _restore(self) -> bool:
+        values = state.read_own(self.out, FORMAT, self.identity)
+        if values is None:
+            return False
+        self.model.load_state_dict(values["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(values["ema"])
+        self.optimiser.load_state_dict(values["optimiser"])
+        self.scaler.load_state_dict(values["scaler"])
+        self.step, self.seconds = values["step"], values["seconds"]
+        self.resumed = values["resumed"] + (self.step < self.total_steps)
+        self.corrupt.update(values["corrupt"])
+        self.best, self.last = _restored(values["best"]), _restored(values["last"])
+        return True
+
+
+def _stored(found: Evaluated | None) -> dict[str, Any] | None:
+    return None if found is None else found._asdict() | {"ranked": torch.from_numpy(found.ranked)}
+
+
+def _restored(values: dict[str, Any] | None) -> Evaluated | None:
+    return None if values is None else Evaluated(**{**values, "ranked": values["ranked"].numpy()})
