@@ -151,7 +151,7 @@ class Tuner:
                 log(f"{self.out}: going on from step {self.step} of {self.total_steps} (epoch {self.epoch:.2f})")
         elif self.rank == 0:
             write_text(self.out / "protocol.yaml", yaml.safe_dump(self.protocol.model_dump(mode="json"), sort_keys=False))
-        if self.step == self.total_steps:
+        if self.step == self.total_steps and not self._unevaluated:
             return False
         model: Any = self.model
         if self.processes > 1:
@@ -162,7 +162,13 @@ class Tuner:
         try:
             batches = self._batches()
             with LiveLine(self.total_steps, silent=self.rank != 0) as live:
-                while self.step < self.total_steps:
+                while self.step < self.total_steps or self._unevaluated:
+                    if self._unevaluated:
+                        self._evaluate(curves)
+                        self.seconds = earlier + time.monotonic() - started
+                        self._save()
+                        saved = time.monotonic()
+                        continue
                     values = self._step(model, live.timed(batches))
                     self.step += 1
                     now = time.monotonic()
@@ -173,10 +179,7 @@ class Tuner:
                         curves.add(values)
                         if whole_epoch or self.step % max(1, self.steps_per_epoch // LINES_PER_EPOCH) == 0:
                             curves.write(self.step, self.epoch)
-                    if whole_epoch and self._due():
-                        self._evaluate(curves)
-                        self.seconds = earlier + time.monotonic() - started
-                    if whole_epoch or now - saved > 60 * self.save_minutes:
+                    if (whole_epoch and not self._unevaluated) or now - saved > 60 * self.save_minutes:
                         self._save()
                         saved = time.monotonic()
         finally:
@@ -265,14 +268,23 @@ class Tuner:
             allow_corrupt=self.how.allow_corrupt,
         )
 
-    def _due(self) -> bool:
-        return round(self.epoch) % self.protocol.evaluate_every == 0 or self.step == self.total_steps
+    @property
+    def _unevaluated(self) -> bool:
+        """Whether an epoch has ended after which there should be an evaluation that has not been done."""
+        epoch, rest = divmod(self.step, self.steps_per_epoch)
+        due = epoch > 0 and (epoch % self.protocol.evaluate_every == 0 or epoch == self.protocol.epochs)
+        return due and rest == 0 and (self.last is None or self.last.epoch < epoch)
 
     def _evaluate(self, curves: Curves | None) -> None:
         """Evaluate on val, and keep weights and predictions if they are to be reported so far."""
         ema = self.ema if self.protocol.evaluates == "ema" else None
         model = self.model if ema is None else ema.module
-        self.last = self._classified(model)
+        try:
+            self.last = self._classified(model)
+        except UserError:  # a val image that cannot be read is no reason to lose the epoch
+            if self.processes == 1:
+                self._save()
+            raise
         better = self.best is None or self.last.top1 > self.best.top1
         self.best = self.last if self.best is None or better else self.best
         if curves:
