@@ -284,14 +284,6 @@ def inat(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_inat_labels_follow_the_category_ids(inat: Path) -> None:
-    images = open_source(f"inat:{inat}", "train")
-    assert images.classes == ("Parus major", "Pica pica")
-    assert images.labels.tolist() == [0, 1, 0, 1]
-    (inat / "categories.json").unlink()
-    assert open_source(f"inat:{inat}", "train").classes == ("2", "7")
-
-
 def test_inat_names_what_is_missing(inat: Path) -> None:
     with pytest.raises(UserError, match=r"no train2019.json; there is year=2018"):
         open_source(f"inat:{inat}?year=2019", "train")
