@@ -46,7 +46,12 @@ class Measure(NamedTuple):
     title: str
 
 
-HEADLINES = {"knn": ("top1_k10", "k-NN"), "linear": ("top1", "linear")}
+HEADLINES = {
+    "knn": ("top1_k10", "k-NN"),
+    "linear": ("top1", "linear"),
+    "finetune": ("top1", "fine-tuned"),
+    "inat": ("top1", "fine-tuned on iNaturalist"),
+}
 """The metric that stands for a task in tables, and the task's name there."""
 
 SEED = int | None
@@ -92,7 +97,7 @@ def collect(paths: Iterable[str | Path]) -> Collection:
     if not entries:
         where = ", ".join(map(str, paths))
         if not unusable:
-            raise UserError(f"{where}: no record.json below; give the folders that pretrain, knn or linear wrote")
+            raise UserError(f"{where}: no record.json below; give the folders that pretrain, knn, linear or finetune wrote")
         first = f"{unusable[0].path}: {unusable[0].reason}"
         raise UserError(f"{where}: none of {len(unusable)} records can be read; the first is {first}")
     return Collection(tuple(sorted(entries, key=_order)), unusable)

@@ -1,4 +1,4 @@
-"""The protocols of fine-tuning are the references', line by line, and so are schedule, layers and augmentation."""
+"""Learning from labels is set up as in the references, line by line: settings, schedules, layers and augmentation."""
 
 import math
 import random
@@ -21,6 +21,7 @@ from downstream.tuning.classifier import MODEL, Classifier, build_optimiser, set
 from downstream.tuning.protocol import Augmentation, FinetuneProtocol, learning_rate
 from mte_bench.encoders.checkpoint import open_checkpoint
 from mte_bench.encoders.encoder import EncoderSpec, build_encoder
+from pretrain.recipe import load_recipe
 
 MIXED = {"mixup": 0.8, "cutmix": 1.0, "cutmix_share": 0.5, "smoothing": 0.1}
 COMMON = {**MIXED, "weight_decay": 0.05, "betas": (0.9, 0.999), "auto_augment": "rand-m9-mstd0.5-inc1", "seed": 0}
@@ -61,6 +62,34 @@ def test_settings_are_those_of_the_references(name: str) -> None:
     values = found.model_dump()
     assert {key: values[key] for key in settings} == {k: pytest.approx(v) if k == "head_std" else v for k, v in settings.items()}
     assert found.peak_lr == pytest.approx(peak) and found.accumulate == 1 and found.evaluate_every == 1
+
+
+SCRATCH: dict[str, dict[str, Any]] = {  # section 7.1: training from scratch, which is a recipe and no protocol
+    "supervised_vits16_300ep": {
+        "peak": 1e-3, "end": 1e-5, "start": 1e-6, "batch_size": 1024, "warmup_epochs": 5, "weight_decay": 0.05,
+        "betas": (0.9, 0.999), "erase": 0.25, "repeats": 3, "ema": 0.99996, "evaluate_ema": False,
+    },
+    "supervised_vitb16_300ep": {
+        "peak": 1.6e-3, "end": 1e-6, "start": 0, "batch_size": 4096, "warmup_epochs": 20, "weight_decay": 0.3,
+        "betas": (0.9, 0.95), "erase": 0, "repeats": 1, "ema": 0.9999, "evaluate_ema": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCRATCH)
+def test_recipes_from_scratch_are_those_of_deit_and_mae(name: str) -> None:
+    recipe, expected = load_recipe(name), SCRATCH[name]
+    optimiser, view, scale = recipe.optimiser, recipe.views.global1, recipe.batch_size / recipe.optimiser.lr_per
+    found = {
+        "peak": optimiser.lr * scale, "end": optimiser.min_lr, "start": optimiser.warmup_from * scale,
+        "batch_size": recipe.batch_size, "warmup_epochs": optimiser.warmup_epochs, "weight_decay": optimiser.weight_decay,
+        "betas": optimiser.betas, "erase": view.erase, "repeats": recipe.repeats, "ema": recipe.momentum[0],
+        "evaluate_ema": recipe.method_settings["evaluate_ema"],
+    }  # fmt: skip
+    assert found == {key: pytest.approx(value) for key, value in expected.items()}
+    assert {key: recipe.method_settings[key] for key in MIXED} == MIXED
+    assert (recipe.epochs, recipe.drop_path, view.auto_augment) == (300, 0.1, "rand-m9-mstd0.5-inc1")
+    assert (optimiser.decay, optimiser.clip, optimiser.weight_decay_end) == ("layers", None, optimiser.weight_decay)
 
 
 EPOCHS, STEPS = 40, 7
