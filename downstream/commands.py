@@ -187,9 +187,10 @@ def inat(
 ) -> Any:
     """Fine-tuning on iNaturalist: accuracy per class, per taxonomic rank, and of common and rare classes."""
     options = dict(locals())
-    from downstream.inaturalist import tune_inat
+    from downstream.finetune import tune
+    from downstream.inaturalist import INAT
 
-    return tune_inat(*_tuning(**options))
+    return tune(INAT, *_tuning(**options))
 
 
 def _tuning(*, set_: list[str] | None, save_minutes: float, **options: Any) -> tuple[Any, float]:

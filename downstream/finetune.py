@@ -7,7 +7,7 @@ their references do; the record says so and also has the last one's accuracy.
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,14 @@ from downstream.evaluate import (
     output_folder,
     pass_of,
     percentage,
+    precision_name,
     refuse_clash,
     require_labels,
     settings_of,
     show_result,
     write_predictions,
 )
+from downstream.job import Job, Opened
 from downstream.plan import show_plan
 from downstream.task import top_metrics
 from downstream.tuning.estimate import estimate
@@ -33,9 +35,10 @@ from downstream.tuning.protocol import SMOKE_BATCH, FinetuneProtocol
 from downstream.tuning.tuner import Tuner
 from mte_bench import distributed, records
 from mte_bench.console import log
-from mte_bench.data.sources import SPLITS, ImageSet
+from mte_bench.data.sources import SPLITS, ImageSet, Subset, parse_source
 from mte_bench.device import peak_memory
-from mte_bench.encoders.checkpoint import open_checkpoint
+from mte_bench.encoders.checkpoint import ENCODER_NAME
+from mte_bench.errors import UserError
 from mte_bench.files import hash_of
 from mte_bench.records import Metric, Record, make_record
 from mte_bench.training.live import CURVES
@@ -52,7 +55,9 @@ class Answers(NamedTuple):
     """``n``."""
     train: ImageSet
     folder: Path
-    """For side files."""
+    """For side files,"""
+    writes: bool = True
+    """which only the first of several processes writes."""
 
 
 class Measured(NamedTuple):
@@ -60,7 +65,7 @@ class Measured(NamedTuple):
 
     metrics: dict[str, Metric]
     predictions: dict[str, NDArray[np.int64]]
-    """The columns ``prediction:<metric>``: ``n`` classes, right where they equal the label."""
+    """By column: ``prediction:<metric>`` of ``n`` classes, right where they equal the label."""
     files: dict[str, str]
     """Side files, by what they are."""
 
@@ -70,126 +75,152 @@ class Tuning(NamedTuple, Generic[F]):
 
     name: str
     protocol: type[F]
+    default: str
+    """The protocol that is used if none is named."""
     measure: Callable[[F, Answers], Measured]
+    kinds: tuple[str, ...] = ()
+    """Kinds of source that it takes; none is all."""
+
+    @property
+    def verb(self) -> str:
+        """Its command."""
+        return self.name
+
+    def job(self, request: Request, opened: Opened) -> Job:
+        """What ``request`` asks for, ready to be done by this process."""
+        return prepare(self, request, opened)
 
 
 def tune(task: Tuning[F], request: Request, save_minutes: float = 10.0) -> Record | None:
-    """Do what ``request`` asks of ``task`` and show the result; returns the record, or None for a dry run and for all but
-    the first of several processes.
+    """Do what ``request`` asks of ``task`` and show the result; returns the record, or None for a dry run.
 
-    Raises ``UserError`` for everything that the user can mend.
+    Processes under ``torchrun`` train together; the first one writes the record. Raises ``UserError`` for everything that the
+    user can mend.
     """
-    process = distributed.start(request.device)
+    rank, processes = distributed.start(request.device)
     try:
-        return _tune(task, request, save_minutes, process)
+        job = prepare(task, request, Opened(), save_minutes, (rank, processes))
+        if request.dry_run:
+            if rank == 0:
+                show_plan(job.plan(), request.json)
+            return None
+        record = job.run()
     finally:
         distributed.stop()
+    if rank == 0:
+        show_result(record, request.json)
+        log(f"record: {job.folder / records.RECORD_NAME}")
+    return record
 
 
-def _tune(task: Tuning[F], request: Request, save_minutes: float, process: tuple[int, int]) -> Record | None:
+def prepare(
+    task: Tuning[F], request: Request, opened: Opened, save_minutes: float = 10.0, process: tuple[int, int] = (0, 1)
+) -> Job:
+    """What ``request`` asks of ``task``, ready to be done. Raises ``UserError`` as ``tune`` does; writes nothing."""
+    kind = parse_source(request.data).kind
+    if task.kinds and kind not in task.kinds:
+        raise UserError(
+            f"--data {request.data}: {task.name} takes sources of kind {', '.join(task.kinds)}; for others use finetune"
+        )
     name, protocol = load_protocol(task, request.protocol, request.set)
     if request.smoke:
         protocol, request = protocol.for_smoke(), replace(request, batch_size=SMOKE_BATCH)
     how = pass_of(request)
-    train, val = (open_split(request, split) for split in SPLITS)
+    train, val = (open_split(request, split, opened) for split in SPLITS)
     require_labels(train, val)
-    for remark in (*train.remarks, *val.remarks) if process[0] == 0 else ():
-        log(remark)
-    checkpoint = open_checkpoint(request.checkpoint, allow_partial=request.allow_partial, image_size=protocol.image_size)
+    checkpoint = opened.checkpoint(request.checkpoint, allow_partial=request.allow_partial, image_size=protocol.image_size)
     transform = evaluation_transform(checkpoint, protocol).model_copy(update={"interpolation": protocol.interpolation})
     subject, folder = checkpoint.subject, output_folder(request, task.name, name, protocol, checkpoint)
+    stated = records.Protocol(name=name, version=protocol.version, settings=settings_of(protocol))
     fingerprint = hash_of([train.fingerprint, val.fingerprint])
-    tuner = Tuner(
-        protocol,
-        checkpoint,
-        train,
-        val,
-        folder,
-        how=how,
-        transform=transform,
-        identity={
-            "task": task.name,
-            "protocol": protocol.model_dump(mode="json"),
-            "encoder": subject.sha256,
-            "data": fingerprint,
-            "precision": str(how.precision).removeprefix("torch."),
-        },
-        metadata={
-            **subject.model_dump(mode="json", include={"mte", "seed", "recipe", "recipe_hash"}),
-            "method": f"{subject.method or subject.family}, fine-tuned",
-            "data": " then ".join(filter(None, (subject.pretrain_data, train.source))),
-        },
-        save_minutes=save_minutes,
-        process=process,
-    )
-    if request.dry_run:
-        resolved = {"task": task.name, "protocol": name, "settings": settings_of(protocol), "out": str(folder)}
-        show_plan(resolved | estimate(tuner), request.json)
-        return None
-    refuse_clash(folder, subject, val.source, fingerprint)
-    if not tuner.run() and (folder / records.RECORD_NAME).exists():
-        record = records.read_record(folder / records.RECORD_NAME)
+    identity = {
+        "task": task.name,
+        "protocol": protocol.model_dump(mode="json"),
+        "encoder": subject.sha256,
+        "data": fingerprint,
+        "precision": precision_name(how),
+    }
+    metadata = {
+        **subject.model_dump(mode="json", include={"mte", "seed", "recipe", "recipe_hash"}),
+        "method": f"{subject.method or subject.family}, fine-tuned",
+        "data": " then ".join(filter(None, (subject.pretrain_data, train.source))),
+    }
+
+    def tuner() -> Tuner:
+        return Tuner(
+            protocol,
+            checkpoint,
+            train,
+            val,
+            folder,
+            how=how,
+            transform=transform,
+            identity=identity,
+            metadata=metadata,
+            save_minutes=save_minutes,
+            process=process,
+        )
+
+    def planned() -> dict[str, Any]:
+        resolved = {"task": task.name, "protocol": name, "settings": stated.settings, "out": str(folder)}
+        return resolved | {"encoder": subject.checkpoint} | estimate(tuner())
+
+    def run() -> Record:
+        tuned = tuner()
+        refuse_clash(folder, subject, val.source, fingerprint)
+        for remark in (*train.remarks, *val.remarks) if process[0] == 0 else ():
+            log(remark)
+        if not tuned.run() and (folder / records.RECORD_NAME).exists():
+            return records.read_record(folder / records.RECORD_NAME)
+        averaged = tuned.evaluate_ema()
+        ranked = tuned.reported.ranked
+        kept = np.flatnonzero(ranked[:, 0] >= 0)
+        images = val if len(kept) == len(val) else Subset(val, kept, "decodable")
+        measured = task.measure(protocol, Answers(ranked[kept], images.labels, train, folder, writes=process[0] == 0))
+        metrics = dict(measured.metrics)
+        if averaged is not None:
+            metrics["top1_ema"] = percentage(averaged.ranked[kept, 0] == images.labels)
+        record = make_record(
+            task=task.name,
+            protocol=stated,
+            subject=subject,
+            data=records.Data(
+                source=val.source,
+                split="val",
+                images={"train": len(train), "val": len(images)},
+                classes=len(train.classes),
+                fingerprint=fingerprint,
+                subset=val.subset,
+                corrupt=sorted({*tuned.corrupt, *(val.name(int(index)) for index in np.flatnonzero(ranked[:, 0] < 0))}),
+            ),
+            metrics=metrics,
+            cost=records.Cost(
+                seconds=round(tuned.seconds, 3),
+                images_per_second=round(tuned.total_steps * protocol.batch_size / tuned.seconds, 1),
+                peak_memory_bytes=peak_memory(how.device),
+            ),
+            predictions=records.PREDICTIONS_NAME,
+            files={"curves": CURVES, "encoder": ENCODER_NAME, "classifier": "classifier.safetensors", **measured.files},
+            details={
+                **tuned.summary,
+                "precision": identity["precision"],
+                "transform": transform.model_dump(mode="json"),
+                "remarks": [*train.remarks, *val.remarks],
+            },
+        )
         if process[0] == 0:
-            show_result(record, request.json)
-            log(f"already done: {folder / records.RECORD_NAME}")
+            write_predictions(folder, images, measured.predictions)
+            records.write_record(folder, record)
         return record
-    averaged = tuner.evaluate_ema()
-    if process[0]:
-        return None
-    found = tuner.reported
-    kept = np.flatnonzero(found.ranked[:, 0] >= 0)
-    measured = task.measure(protocol, Answers(found.ranked[kept], val.labels[kept], train, folder))
-    metrics = dict(measured.metrics)
-    if averaged is not None:
-        metrics["top1_ema"] = percentage(averaged.ranked[kept, 0] == val.labels[kept])
-    write_predictions(folder, [val.name(int(i)) for i in kept], val.labels[kept], train.classes, measured.predictions)
-    assert tuner.best is not None and tuner.last is not None
-    record = make_record(
-        task=task.name,
-        protocol=records.Protocol(name=name, version=protocol.version, settings=settings_of(protocol)),
-        subject=subject,
-        data=records.Data(
-            source=val.source,
-            split="val",
-            images={"train": len(train), "val": len(kept)},
-            classes=len(train.classes),
-            fingerprint=fingerprint,
-            subset=val.subset,
-            corrupt=sorted({*tuner.corrupt, *(val.name(int(i)) for i in np.flatnonzero(found.ranked[:, 0] < 0))}),
-        ),
-        metrics=metrics,
-        cost=records.Cost(
-            seconds=round(tuner.seconds, 3),
-            images_per_second=round(tuner.total_steps * protocol.batch_size / tuner.seconds, 1),
-            peak_memory_bytes=peak_memory(how.device),
-        ),
-        predictions=records.PREDICTIONS_NAME,
-        files={"curves": CURVES, "encoder": "encoder.safetensors", "classifier": "classifier.safetensors", **measured.files},
-        details={
-            "reported": "the best epoch on val (optimistic)" if protocol.reports == "best" else "the last epoch",
-            "epoch": found.epoch,
-            "best_top1": round(tuner.best.top1, 3),
-            "last_top1": round(tuner.last.top1, 3),
-            "epochs_done": round(tuner.epoch),
-            "steps": tuner.step,
-            "resumed": tuner.resumed,
-            "processes": process[1],
-            "precision": tuner.identity["precision"],
-            "transform": transform.model_dump(mode="json"),
-            "remarks": [*train.remarks, *val.remarks],
-        },
-    )
-    path = records.write_record(folder, record)
-    show_result(record, request.json)
-    log(f"record: {path}")
-    return record
+
+    return Job(task.name, stated, subject, fingerprint, identity["precision"], folder, (), planned, run)
 
 
 def accuracy(protocol: FinetuneProtocol, answers: Answers) -> Measured:
     """Top-1 and, of more than five classes, top-5."""
     found = top_metrics(answers.ranked, answers.labels, len(answers.train.classes))
     metrics = {metric: percentage(result.correct) for metric, result in found.items()}
-    return Measured(metrics, {metric: result.predicted for metric, result in found.items()}, {})
+    return Measured(metrics, {f"prediction:{metric}": result.predicted for metric, result in found.items()}, {})
 
 
-FINETUNE = Tuning("finetune", FinetuneProtocol, accuracy)
+FINETUNE = Tuning("finetune", FinetuneProtocol, "finetune-vits", accuracy)

@@ -12,13 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from downstream.evaluate import Request, percentage
-from downstream.finetune import Answers, Measured, Tuning, accuracy, tune
+from downstream.evaluate import percentage
+from downstream.finetune import Answers, Measured, Tuning, accuracy
 from downstream.tuning.protocol import FinetuneProtocol
-from mte_bench.data.sources import parse_source
-from mte_bench.errors import UserError
 from mte_bench.files import write_json
-from mte_bench.records import Metric, Record
+from mte_bench.records import Metric
 from mte_bench.statistics import bootstrap_ci
 
 CLASSES = "classes.json"
@@ -28,13 +26,6 @@ class INatProtocol(FinetuneProtocol):
     """Fine-tuning, and where many-shot and few-shot classes begin."""
 
     shots: tuple[int, int] = Field(description="Few-shot classes have fewer training images than the first, many-shot more.")
-
-
-def tune_inat(request: Request, save_minutes: float = 10.0) -> Record | None:
-    """``tune`` on a source of the kind ``inat``; raises ``UserError`` for others."""
-    if parse_source(request.data).kind != "inat":
-        raise UserError(f"--data {request.data}: inat needs a source inat:PATH?year=2018 (or 2019); for others use finetune")
-    return tune(INAT, request, save_minutes)
 
 
 def measure(protocol: INatProtocol, answers: Answers) -> Measured:
@@ -47,13 +38,14 @@ def measure(protocol: INatProtocol, answers: Answers) -> Measured:
     for rank, taxa in numbered_taxa(dict(train.taxonomy)).items():
         same = taxa[first] == taxa[labels]
         metrics[f"top1_{rank}"] = percentage(same)
-        predictions[f"top1_{rank}"] = np.where(same, labels, first)
+        predictions[f"prediction:top1_{rank}"] = np.where(same, labels, first)
     counts = np.bincount(train.labels, minlength=len(train.classes))
     for shots, members in shot_groups(counts, protocol.shots).items():
         inside = members[labels]
         if inside.any():
             metrics[f"top1_{shots}_shot"] = over_classes(correct[inside], labels[inside])
-    write_json(answers.folder / CLASSES, by_class(correct, labels, counts, answers))
+    if answers.writes:
+        write_json(answers.folder / CLASSES, by_class(correct, labels, counts, answers))
     return Measured(metrics, predictions, {"classes": CLASSES})
 
 
@@ -107,4 +99,4 @@ def by_class(
     ]
 
 
-INAT = Tuning("inat", INatProtocol, measure)
+INAT = Tuning("inat", INatProtocol, "inat-vits-2018", measure, kinds=("inat",))

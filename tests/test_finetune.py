@@ -292,7 +292,7 @@ def test_a_dry_run_shows_what_would_be_and_a_smoke_run_does_little(
     assert finetune(images, tmp_path / "out", dry_run=True, json=True) is None
     plan = json.loads(capsys.readouterr().out)
     assert (plan["steps"], plan["steps_per_epoch"], plan["classes"]) == (2 * STEPS, STEPS, len(CLASSES))
-    assert plan["settings"]["layer_decay"] == 0.75 and plan["seconds"] > 0 and not (tmp_path / "out").exists()
+    assert plan["settings"]["layer_decay"] == 0.75 and plan["task_seconds"] > 0 and not (tmp_path / "out").exists()
     record = finetune(images, tmp_path / "out", [], smoke=True)
     assert record.details["steps"] == 2 and record.data.images == {"train": 16, "val": 16}
 

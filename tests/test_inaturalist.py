@@ -112,7 +112,7 @@ def test_what_is_wrong_is_named_before_anything_is_trained(tmp_path: Path, spoil
 
 def test_other_sources_and_years_that_are_not_there_are_refused(tmp_path: Path) -> None:
     lists(tmp_path)
-    with pytest.raises(UserError, match="inat needs a source inat:PATH"):
+    with pytest.raises(UserError, match="inat takes sources of kind inat; for others use finetune"):
         commands.inat(ENCODER, "scenes", protocol="tiny")
     with pytest.raises(UserError, match=r"no train2019\.json; there is year=2018"):
         commands.inat(ENCODER, f"inat:{tmp_path}?year=2019", protocol="tiny")

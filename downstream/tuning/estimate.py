@@ -14,7 +14,7 @@ def estimate(tuner: Tuner) -> dict[str, Any]:
     """What a fine-tuning would take, from a few images measured on this machine; what grows with them is taken as linear."""
     protocol, device, model = tuner.protocol, tuner.how.device, tuner.model
     count = min(tuner.micro_batch, 32 if device.type == "cuda" else 4)
-    side = model.encoder.spec.image_size
+    side = model.encoder.spec.side
     images, targets = (
         torch.randn(count, 3, side, side, device=device),
         torch.zeros(count, len(tuner.train.classes), device=device),
@@ -48,7 +48,7 @@ def estimate(tuner: Tuner) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     seconds = seen * max(step, augment) + evaluations * len(tuner.val) * forward
     return {
-        "encoder": f"{tuner.metadata['method'].partition(',')[0]}, {model.encoder.spec.arch}, {side} px",
+        "arch": f"{model.encoder.spec.arch}, {side} px",
         "data": tuner.val.source,
         "images": {"train": len(tuner.train), "val": len(tuner.val)},
         "classes": len(tuner.train.classes),
@@ -59,5 +59,5 @@ def estimate(tuner: Tuner) -> dict[str, Any]:
         "parameters": parameters,
         "state_bytes": 4 * parameters * (4 + (protocol.ema is not None)),  # weights, gradients, two moments, average
         "activation_bytes": round(sum(kept.values()) / count * tuner.micro_batch),
-        "seconds": float(f"{seconds / tuner.processes:.3g}"),
+        "task_seconds": float(f"{seconds / tuner.processes:.3g}"),
     }

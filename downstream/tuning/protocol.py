@@ -131,7 +131,7 @@ class Augmentation:
 
         self.seed = protocol.seed
         self.transform: Callable[[Image.Image], Tensor] = create_transform(
-            input_size=spec.image_size,
+            input_size=spec.side,
             is_training=True,
             scale=protocol.crop_scale,
             interpolation=protocol.crop_interpolation,

@@ -144,6 +144,21 @@ class Tuner:
         assert found is not None, "run first"
         return found
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What a record should say of the run."""
+        assert self.best is not None and self.last is not None, "run first"
+        return {
+            "reported": "the best epoch on val (optimistic)" if self.protocol.reports == "best" else "the last epoch",
+            "epoch": self.reported.epoch,
+            "best_top1": round(self.best.top1, 3),
+            "last_top1": round(self.last.top1, 3),
+            "epochs_done": round(self.epoch),
+            "steps": self.step,
+            "resumed": self.resumed,
+            "processes": self.processes,
+        }
+
     def run(self) -> bool:
         """Train to the end, going on where an earlier run in this folder stopped; returns whether anything was left to do."""
         if self._restore():
@@ -180,6 +195,8 @@ class Tuner:
                         if whole_epoch or self.step % max(1, self.steps_per_epoch // LINES_PER_EPOCH) == 0:
                             curves.write(self.step, self.epoch)
                     if (whole_epoch and not self._unevaluated) or now - saved > 60 * self.save_minutes:
+                        if curves:
+                            curves.write(self.step, self.epoch)  # what is not written would be lost
                         self._save()
                         saved = time.monotonic()
         finally:
@@ -352,9 +369,9 @@ class Tuner:
         self.optimiser.load_state_dict(values["optimiser"])
         self.scaler.load_state_dict(values["scaler"])
         self.step, self.seconds = values["step"], values["seconds"]
-        self.resumed = values["resumed"] + (self.step < self.total_steps)
         self.corrupt.update(values["corrupt"])
         self.best, self.last = _restored(values["best"]), _restored(values["last"])
+        self.resumed = values["resumed"] + (self.step < self.total_steps or self._unevaluated)
         return True
 
 
