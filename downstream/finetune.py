@@ -133,12 +133,13 @@ def prepare(
     subject, folder = checkpoint.subject, output_folder(request, task.name, name, protocol, checkpoint)
     stated = records.Protocol(name=name, version=protocol.version, settings=settings_of(protocol))
     fingerprint = hash_of([train.fingerprint, val.fingerprint])
+    precision = precision_name(how)
     identity = {
         "task": task.name,
         "protocol": protocol.model_dump(mode="json"),
         "encoder": subject.sha256,
         "data": fingerprint,
-        "precision": precision_name(how),
+        "precision": precision,
     }
     metadata = {
         **subject.model_dump(mode="json", include={"mte", "seed", "recipe", "recipe_hash"}),
@@ -203,7 +204,7 @@ def prepare(
             files={"curves": CURVES, "encoder": ENCODER_NAME, "classifier": "classifier.safetensors", **measured.files},
             details={
                 **tuned.summary,
-                "precision": identity["precision"],
+                "precision": precision,
                 "transform": transform.model_dump(mode="json"),
                 "remarks": [*train.remarks, *val.remarks],
             },
@@ -213,7 +214,7 @@ def prepare(
             records.write_record(folder, record)
         return record
 
-    return Job(task.name, stated, subject, fingerprint, identity["precision"], folder, (), planned, run)
+    return Job(task.name, stated, subject, fingerprint, precision, folder, (), planned, run)
 
 
 def accuracy(protocol: FinetuneProtocol, answers: Answers) -> Measured:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from PIL import Image
 from test_evaluate import CLASSES, draw
 
 from downstream import commands
+from downstream.evaluate import Request
+from downstream.finetune import FINETUNE
+from downstream.job import Opened
 from downstream.tuning.tuner import Tuner
 from mte_bench.data.sources import open_source
 from mte_bench.data.transforms import EvaluationTransform
@@ -248,14 +252,14 @@ def test_bfloat16_trains_close_to_float32(images: str, tmp_path: Path) -> None:
 
 
 def test_unreadable_images_are_named_or_counted(tmp_path: Path) -> None:
-    root = draw(tmp_path / "data")
+    root, changes = draw(tmp_path / "data"), ["epochs=4", "batch_size=16"]
     for name in ("train/ant/0.png", "val/bee/1.png"):
         (root / name).write_bytes(b"no image")
     with pytest.raises(UserError, match=r"bee/1\.png: not readable as an image.*--allow-corrupt"):
-        finetune(str(root), tmp_path / "allowed")
+        finetune(str(root), tmp_path / "allowed", changes)
     assert state.read(tmp_path / "allowed" / state.NAME, 1)["step"] == STEPS  # nothing of the first epoch is lost
-    record = finetune(str(root), tmp_path / "allowed", allow_corrupt=1)
-    assert len(curves(tmp_path / "allowed", "top1")) == 2 and record.details["resumed"] == 1
+    record = finetune(str(root), tmp_path / "allowed", changes, allow_corrupt=1)
+    assert len(curves(tmp_path / "allowed", "top1")) == 4 and record.details["resumed"] == 1
     assert record.data.corrupt == ["train/ant/0.png", "val/bee/1.png"]
     assert record.data.images["val"] == 27 == record.metrics["top1"].n == len(predictions(tmp_path / "allowed"))
 
@@ -295,6 +299,13 @@ def test_a_dry_run_shows_what_would_be_and_a_smoke_run_does_little(
     assert plan["settings"]["layer_decay"] == 0.75 and plan["task_seconds"] > 0 and not (tmp_path / "out").exists()
     record = finetune(images, tmp_path / "out", [], smoke=True)
     assert record.details["steps"] == 2 and record.data.images == {"train": 16, "val": 16}
+
+
+def test_it_is_a_job_that_a_suite_can_find_again(images: str, tmp_path: Path) -> None:
+    request = Request(ENCODER, images, "tiny", set=tuple(QUICK), out=str(tmp_path), workers=0, device="cpu")
+    job = FINETUNE.job(request, Opened())
+    assert job.found() is None and job.plan()["task_seconds"] > 0 and not any(tmp_path.iterdir())
+    assert job.run() == job.found() and FINETUNE.job(replace(request, set=("epochs=3",)), Opened()).found() is None
 
 
 @pytest.mark.slow
