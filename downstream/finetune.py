@@ -122,6 +122,8 @@ def prepare(
         raise UserError(
             f"--data {request.data}: {task.name} takes sources of kind {', '.join(task.kinds)}; for others use finetune"
         )
+    if request.others:
+        raise UserError(f"{task.name} trains one encoder, not {1 + len(request.others)} together; leave the others out")
     name, protocol = load_protocol(task, request.protocol, request.set)
     if request.smoke:
         protocol, request = protocol.for_smoke(), replace(request, batch_size=SMOKE_BATCH)

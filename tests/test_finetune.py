@@ -305,6 +305,8 @@ def test_it_is_a_job_that_a_suite_can_find_again(images: str, tmp_path: Path) ->
     request = Request(ENCODER, images, "tiny", set=tuple(QUICK), out=str(tmp_path), workers=0, device="cpu")
     job = FINETUNE.job(request, Opened())
     assert job.found() is None and job.plan()["task_seconds"] > 0 and not any(tmp_path.iterdir())
+    with pytest.raises(UserError, match="trains one encoder, not 2 together"):
+        FINETUNE.job(replace(request, others=(ENCODER,)), Opened())
     assert job.run() == job.found() and FINETUNE.job(replace(request, set=("epochs=3",)), Opened()).found() is None
 
 
