@@ -55,9 +55,7 @@ class Answers(NamedTuple):
     """``n``."""
     train: ImageSet
     folder: Path
-    """For side files,"""
-    writes: bool = True
-    """which only the first of several processes writes."""
+    """For side files."""
 
 
 class Measured(NamedTuple):
@@ -94,8 +92,8 @@ class Tuning(NamedTuple, Generic[F]):
 def tune(task: Tuning[F], request: Request, save_minutes: float = 10.0) -> Record | None:
     """Do what ``request`` asks of ``task`` and show the result; returns the record, or None for a dry run.
 
-    Processes under ``torchrun`` train together; the first one writes the record. Raises ``UserError`` for everything that the
-    user can mend.
+    Processes under ``torchrun`` train together; the first one does the rest, the others return None. Raises ``UserError`` for
+    everything that the user can mend.
     """
     rank, processes = distributed.start(request.device)
     try:
@@ -107,7 +105,7 @@ def tune(task: Tuning[F], request: Request, save_minutes: float = 10.0) -> Recor
         record = job.run()
     finally:
         distributed.stop()
-    if rank == 0:
+    if record is not None:
         show_result(record, request.json)
         log(f"record: {job.folder / records.RECORD_NAME}")
     return record
@@ -168,18 +166,20 @@ def prepare(
         resolved = {"task": task.name, "protocol": name, "settings": stated.settings, "out": str(folder)}
         return resolved | {"encoder": subject.checkpoint} | estimate(tuner())
 
-    def run() -> Record:
+    def run() -> Record | None:
         tuned = tuner()
         refuse_clash(folder, subject, val.source, fingerprint)
         for remark in (*train.remarks, *val.remarks) if process[0] == 0 else ():
             log(remark)
         if not tuned.run() and (folder / records.RECORD_NAME).exists():
-            return records.read_record(folder / records.RECORD_NAME)
+            return records.read_record(folder / records.RECORD_NAME) if process[0] == 0 else None
         averaged = tuned.evaluate_ema()
+        if process[0]:
+            return None
         ranked = tuned.reported.ranked
         kept = np.flatnonzero(ranked[:, 0] >= 0)
         images = val if len(kept) == len(val) else Subset(val, kept, "decodable")
-        measured = task.measure(protocol, Answers(ranked[kept], images.labels, train, folder, writes=process[0] == 0))
+        measured = task.measure(protocol, Answers(ranked[kept], images.labels, train, folder))
         metrics = dict(measured.metrics)
         if averaged is not None:
             metrics["top1_ema"] = percentage(averaged.ranked[kept, 0] == images.labels)
@@ -211,9 +211,8 @@ def prepare(
                 "remarks": [*train.remarks, *val.remarks],
             },
         )
-        if process[0] == 0:
-            write_predictions(folder, images, measured.predictions)
-            records.write_record(folder, record)
+        write_predictions(folder, images, measured.predictions)
+        records.write_record(folder, record)
         return record
 
     return Job(task.name, stated, subject, fingerprint, precision, folder, (), planned, run)

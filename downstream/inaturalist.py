@@ -44,8 +44,7 @@ def measure(protocol: INatProtocol, answers: Answers) -> Measured:
         inside = members[labels]
         if inside.any():
             metrics[f"top1_{shots}_shot"] = over_classes(correct[inside], labels[inside])
-    if answers.writes:
-        write_json(answers.folder / CLASSES, by_class(correct, labels, counts, answers))
+    write_json(answers.folder / CLASSES, by_class(correct, labels, counts, answers))
     return Measured(metrics, predictions, {"classes": CLASSES})
 
 
