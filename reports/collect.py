@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from mte_bench.errors import UserError
 from mte_bench.files import hash_of
-from mte_bench.records import Record, Subject, find_records, read_record
+from mte_bench.records import Data, Record, Subject, find_records, read_record
 from reports.naming import architecture_title, data_key, method_title
 
 
@@ -43,7 +43,10 @@ class Measure(NamedTuple):
     task: str
     metric: str
     protocol: str
+    name: str
+    """The task as tables call it."""
     title: str
+    """The name, with the protocol where the task was measured under several."""
 
 
 HEADLINES = {
@@ -51,8 +54,20 @@ HEADLINES = {
     "linear": ("top1", "linear"),
     "finetune": ("top1", "fine-tuned"),
     "inat": ("top1", "fine-tuned on iNaturalist"),
+    "retrieval": ("recall_1", "retrieval"),
 }
-"""The metric that stands for a task in tables, and the task's name there."""
+"""The metric that stands for a task in tables, and the task's name there; of other tasks it is the first one."""
+
+
+def is_evaluation(record: Record) -> bool:
+    """Whether a record belongs into the tables: one with predictions, image by image, or of a task known to have them."""
+    return record.task in HEADLINES or record.predictions is not None
+
+
+def headline(record: Record) -> str:
+    """The metric that stands for a record; "" if it has none."""
+    return HEADLINES.get(record.task, (next(iter(record.metrics), ""),))[0]
+
 
 SEED = int | None
 
@@ -68,6 +83,11 @@ class Collection:
     def of(self, *tasks: str) -> list[Entry]:
         """The entries of some tasks."""
         return [entry for entry in self.entries if entry.record.task in tasks]
+
+    @property
+    def evaluations(self) -> list[Entry]:
+        """The entries that accuracy tables, comparisons and baselines are of."""
+        return [entry for entry in self.entries if is_evaluation(entry.record)]
 
     @cached_property
     def recipes(self) -> Mapping[str, Mapping[str, Any]]:
@@ -131,6 +151,8 @@ def is_random(subject: Subject) -> bool:
 class Row:
     """One kind of encoder on one data source: its measurements by column, then by seed."""
 
+    key: tuple[object, ...]
+    """Equal for the same kind of encoder, also in another collection."""
     subject: Subject
     """Of its first measurement: all that is not the seed or the weights is common to the row."""
     title: str
@@ -152,6 +174,11 @@ class Row:
         epochs = 0 if self.kind == 0 else self.subject.epochs
         return "–" if epochs is None else f"{epochs:g}"
 
+    @property
+    def name(self) -> str:
+        """The encoder in a few words."""
+        return f"{self.title}, {self.architecture}" + (f" (repeat {self.repeat + 1})" if self.repeat else "")
+
 
 @dataclass(frozen=True)
 class DataTable:
@@ -166,8 +193,13 @@ class DataTable:
         """The plain row with the same recipe as ``row``, which has MTE; None if there is none or the recipe is not known."""
         if row.kind != 2 or row.plain_recipe is None:
             return None
-        plain = [other for other in self.rows if other.kind == 1 and _partner(other) == _partner(row)]
-        return min(plain, key=lambda other: other.repeat, default=None)
+        return self._plain.get(_partner(row))
+
+    @cached_property
+    def _plain(self) -> dict[tuple[object, ...], Row]:
+        """The first repeat of each plain row, by what a row with MTE must share with it."""
+        rows = sorted((row for row in self.rows if row.kind == 1), key=lambda row: row.repeat)
+        return {_partner(row): row for row in reversed(rows)}
 
 
 def _partner(row: Row) -> tuple[object, ...]:
@@ -175,12 +207,16 @@ def _partner(row: Row) -> tuple[object, ...]:
     return (row.plain_recipe, row.architecture, subject.image_size, subject.epochs, data_key(subject.pretrain_data or ""))
 
 
+def images_key(data: Data) -> tuple[str, str, str]:
+    """Equal for the same images, by fingerprint and subset: the path that they lay at does not matter."""
+    return (data.fingerprint, data.subset or "", data.split)
+
+
 def data_tables(collection: Collection) -> list[DataTable]:
-    """One table per set of images, by fingerprint and subset: the path that they lay at does not matter."""
+    """One table per set of images."""
     groups: dict[tuple[str, ...], list[Entry]] = {}
-    for entry in collection.of(*HEADLINES):
-        data = entry.record.data
-        groups.setdefault((data.fingerprint, data.subset or "", data.split), []).append(entry)
+    for entry in collection.evaluations:
+        groups.setdefault(images_key(entry.record.data), []).append(entry)
     return [_table(collection, entries) for entries in groups.values()]
 
 
@@ -190,7 +226,7 @@ def _table(collection: Collection, entries: list[Entry]) -> DataTable:
         subject = entry.record.subject
         if (key, repeat) not in rows:
             rows[key, repeat] = Row(
-                subject, method_title(subject), architecture_title(subject), repeat, plain_hash(collection.recipe(subject))
+                key, subject, method_title(subject), architecture_title(subject), repeat, plain_hash(collection.recipe(subject))
             )
         rows[key, repeat].cells.setdefault(measure, {})[subject.seed] = entry
     ordered = sorted(rows.values(), key=_row_order)
@@ -240,11 +276,17 @@ def _row_key(subject: Subject) -> tuple[object, ...]:
 
 def _measures(entries: list[Entry]) -> tuple[Measure, ...]:
     """The columns of ``entries``; the protocol is part of the title only where a task was measured under several."""
+    metrics = {entry.record.task: headline(entry.record) for entry in reversed(entries)}
+    protocols = {task: {protocol_text(entry.record) for entry in entries if entry.record.task == task} for task in metrics}
+    known = list(HEADLINES)
     result: list[Measure] = []
-    for task, (metric, title) in HEADLINES.items():
-        protocols = sorted({protocol_text(entry.record) for entry in entries if entry.record.task == task})
-        several = len(protocols) > 1
-        result += [Measure(task, metric, text, f"{title} ({text})" if several else title) for text in protocols]
+    for task in sorted(metrics, key=lambda task: (known.index(task) if task in known else len(known), task)):
+        title = HEADLINES.get(task, ("", task))[1]
+        several = len(protocols[task]) > 1
+        result += [
+            Measure(task, metrics[task], text, title, f"{title} ({text})" if several else title)
+            for text in sorted(protocols[task])
+        ]
     return tuple(result)
 
 

@@ -2,18 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mte_bench.records import PREDICTIONS_NAME, Metric
 from mte_bench.statistics import bootstrap_ci, mcnemar, paired_bootstrap
-from reports.collect import SEED, Entry, Unusable
-
-Counts = NDArray[np.int64]
-"""Of images: how many encoders are right. Whole numbers, so that no rounding enters a bootstrap."""
+from reports.collect import SEED, Entry
+from reports.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,7 @@ class Value:
 
 @dataclass(frozen=True)
 class SeedDifference:
-    """One seed with and without MTE, in percent and percentage points."""
+    """One seed under a cell and under what it is compared with, in percent and percentage points."""
 
     seed: SEED
     plain: float
@@ -54,87 +48,23 @@ class SeedDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A cell minus its baseline over the seeds that both have, in percentage points."""
+    """A cell minus its baseline, in percentage points."""
 
     difference: float
     interval: tuple[float, float] | None
     """95 % over images of the mean over seeds; None where predictions are missing, so that no images can be paired."""
     seeds: tuple[SeedDifference, ...]
+    """Each seed that both have, or the two single encoders; empty where means over different seeds are compared."""
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation of the differences over seeds (n - 1); None for less than two."""
+        return float(np.std([seed.difference for seed in self.seeds], ddof=1)) if len(self.seeds) > 1 else None
 
     @property
     def p_value(self) -> float | None:
         """McNemar's test; None for several seeds, whose predictions on one image are not independent."""
         return self.seeds[0].p_value if len(self.seeds) == 1 else None
-
-
-class Right(NamedTuple):
-    """Who is right on which image."""
-
-    names: Any
-    """A pyarrow array of ``n`` image names."""
-    right: Counts
-    """1 where the prediction is the label, else 0."""
-
-    def by_name(self) -> "Right":
-        """The same in the order of the names."""
-        import pyarrow.compute as pc
-
-        order = pc.sort_indices(self.names)
-        return Right(self.names.take(order), self.right[order.to_numpy()])
-
-
-class Predictions:
-    """Who was right on which image, read once from each file beside a record.
-
-    What is wrong with a file goes to ``unusable``; a record that names no file, or whose file is not there, just has none.
-    """
-
-    def __init__(self, unusable: list[Unusable]):
-        self.unusable = unusable
-        self.known: dict[tuple[Path, str], Right | None] = {}
-
-    def stacked(self, entries: list[Entry], metric: str) -> Counts | None:
-        """``entries n``: each entry on the same images; None if one has no predictions or other images."""
-        found = [right for entry in entries if (right := self.of(entry, metric)) is not None]
-        if len(found) < len(entries):
-            return None
-        if not _same_images(found):
-            found = [right.by_name() for right in found]
-        return np.stack([item.right for item in found]) if _same_images(found) else None
-
-    def of(self, entry: Entry, metric: str) -> Right | None:
-        """The predictions of an entry; None if there is no usable file."""
-        path = entry.folder / (entry.record.predictions or PREDICTIONS_NAME)
-        if (path, metric) not in self.known:
-            try:
-                self.known[path, metric] = _read(path, metric, entry.record.metrics[metric]) if path.is_file() else None
-            except ValueError as error:
-                self.unusable.append(Unusable(path, str(error).splitlines()[0]))
-                self.known[path, metric] = None
-        return self.known[path, metric]
-
-
-def _read(path: Path, metric: str, stated: Metric) -> Right:
-    """The predictions in a file; raises ``ValueError`` if they cannot be read or are not those of the ``stated`` value."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = ["name", "label", f"prediction:{metric}"]
-    try:
-        table = pq.read_table(path, columns=columns).combine_chunks()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(str(error)) from error
-    if table.column_names != columns:
-        raise ValueError(f"lacks one of the columns {', '.join(columns)}")
-    right = (table["label"].to_numpy() == table[columns[2]].to_numpy()).astype(np.int64)
-    if len(right) != stated.n or abs(100 * right.mean() - stated.value) > 0.01:
-        found = f"{100 * right.mean():.2f} % of {len(right)} images"
-        raise ValueError(f"gives {found}, its record says {stated.value:.2f} % of {stated.n}")
-    return Right(table["name"], right)
-
-
-def _same_images(found: Sequence[Right]) -> bool:
-    return all(item.names.equals(found[0].names) for item in found)
 
 
 def summarise(cell: Mapping[SEED, Entry], metric: str, predictions: Predictions) -> Value | None:
@@ -160,13 +90,34 @@ def compare(cell: Mapping[SEED, Entry], plain: Mapping[SEED, Entry], metric: str
     if not common:
         return None
     seeds = tuple(_one_seed(seed, ours[seed], baseline[seed], metric, predictions) for seed in common)
-    both = [*(ours[seed] for seed in common), *(baseline[seed] for seed in common)]
-    right = predictions.stacked(both, metric)
-    interval = None
-    if right is not None:
-        tested = paired_bootstrap(right[: len(common)].sum(axis=0), right[len(common) :].sum(axis=0))
-        interval = _points(tested[1:], len(common))
+    found = ([cell[seed] for seed in common] for cell in (ours, baseline))
+    interval = seeds[0].interval if len(seeds) == 1 else _interval(*found, metric, predictions)
     return Comparison(float(np.mean([seed.difference for seed in seeds])), interval, seeds)
+
+
+def compare_any(
+    cell: Mapping[SEED, Entry], other: Mapping[SEED, Entry], metric: str, predictions: Predictions
+) -> Comparison | None:
+    """``cell - other`` seed by seed, or of their means where they have no seed in common; None if one has no finite value."""
+    ours, theirs = (list(_finite(found, metric).values()) for found in (cell, other))
+    if (common := compare(cell, other, metric, predictions)) is not None or not ours or not theirs:
+        return common
+    if len(ours) == len(theirs) == 1:
+        pair = _one_seed(None, ours[0], theirs[0], metric, predictions)
+        return Comparison(pair.difference, pair.interval, (pair,))
+    means = (float(np.mean([entry.record.metrics[metric].value for entry in entries])) for entries in (ours, theirs))
+    return Comparison(next(means) - next(means), _interval(ours, theirs, metric, predictions), ())
+
+
+def _interval(
+    ours: Sequence[Entry], theirs: Sequence[Entry], metric: str, predictions: Predictions
+) -> tuple[float, float] | None:
+    """The paired interval of the difference of two means over encoders; None if images cannot be paired."""
+    right = predictions.stacked([*ours, *theirs], metric)
+    if right is None:
+        return None
+    sums = right[: len(ours)].sum(axis=0) * len(theirs), right[len(ours) :].sum(axis=0) * len(ours)
+    return _points(paired_bootstrap(*sums)[1:], len(ours) * len(theirs))
 
 
 def _one_seed(seed: SEED, entry: Entry, plain: Entry, metric: str, predictions: Predictions) -> SeedDifference:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -34,6 +35,18 @@ def plain_text(text: str) -> str:
     return re.sub(r"[\\`*\[\]~]|\b_|_\b", r"\\\g<0>", text)
 
 
+def code(text: str) -> str:
+    """``text`` as it is written in code, also where it holds what would end the code."""
+    inside = " ".join(text.replace("`", "'").split())
+    return f"`{inside or ' '}`"
+
+
+def fence(lines: Iterable[str]) -> str:
+    """What opens and closes a block of code that holds ``lines``."""
+    runs = [len(run) for line in lines for run in re.findall("`+", line)]
+    return "`" * (max([2, *runs]) + 1)
+
+
 def number(value: float | None) -> str:
     """One decimal, as the paper has it."""
     return MISSING if value is None else f"{value:.1f}"
@@ -50,6 +63,11 @@ def interval(ends: tuple[float, float] | None, signed: bool = False) -> str:
 def plus_minus(value: float, decimals: int = 1) -> str:
     """A difference with its sign, a true minus among them."""
     return f"{value:+.{decimals}f}".replace("-", "−")
+
+
+def probability(value: float | None) -> str:
+    """A p-value, with no more digits than it deserves."""
+    return MISSING if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
 def link(path: Path, out: Path) -> str:

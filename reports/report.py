@@ -1,4 +1,4 @@
-"""A report: one page of markdown with its pictures beside it, from the records below some folders and nothing else.
+"""A report: one page, as markdown with its pictures beside it and as HTML, from the records below some folders and nothing else.
 
 The same records give the same bytes. Writing into a folder that is read from is fine: only ``record.json`` files are read.
 """
@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mte_bench.files import write_json, write_text
+from mte_bench.files import write_json
 from mte_bench.records import Record
-from reports.collect import HEADLINES, Collection, collect, data_tables
-from reports.compare import Predictions
+from reports.collect import Collection, collect, data_tables
 from reports.figures import FOLDER, PREFIXES, Figure, Kind, copy_pictures, draw_curves
-from reports.markdown import Table, link_text, plain_text
+from reports.markdown import code, link_text, plain_text
 from reports.naming import architecture_title, data_title
+from reports.page import write_page
+from reports.predictions import Predictions
 from reports.runs import cost_table, environments, machinery, period, record_table
 from reports.tables import Section, accuracy_table, cell_summary, section, seed_table
 
@@ -34,8 +35,12 @@ class Report:
     """One line for each file that was left out."""
 
 
-def write_report(runs: Sequence[str | Path], out: str | Path, pictures_of_images: bool = True) -> Report:
-    """Write ``out/report.md``, ``out/report.json`` and ``out/figures`` from every record below ``runs``.
+def write_report(
+    runs: Sequence[str | Path], out: str | Path, pictures_of_images: bool = True, refresh: int | None = None
+) -> Report:
+    """Write ``out/report.md``, ``report.html``, ``report.json`` and ``figures/`` from every record below ``runs``.
+
+    The HTML holds its pictures; with ``refresh`` a browser loads it again every so many seconds.
 
     With ``pictures_of_images`` false nothing that shows the images of the data is put there. Pictures of an earlier report
     in ``out`` that this one does not have are removed. Raises ``UserError`` if there is nothing to report, or ``out``
@@ -60,31 +65,21 @@ def write_report(runs: Sequence[str | Path], out: str | Path, pictures_of_images
     }
     _remove_earlier(out, files)
     write_json(out / SUMMARY, summary)
-    text = _render(
-        title=_title(sections, collection),
-        opening=_opening(collection, sections),
-        again=_again(runs, out, pictures_of_images),
-        sections=[_section_view(part) for part in sections],
-        curves=curves,
-        pictures=_picture_views(pictures),
-        cost=_markdown(cost_table(collection)),
-        environments=[plain_text(text) for text in environments(entry.record for entry in collection.entries)],
-        records=_markdown(record_table(collection, out, environments(entry.record for entry in collection.entries))),
-        commands=_commands(entry.record for entry in collection.entries),
-        unusable=[plain_text(line) for line in unusable],
-    )
-    write_text(out / PAGE, text)
+    values = {
+        "title": _title(sections, collection),
+        "opening": _opening(collection, sections),
+        "again": _again(runs, out, pictures_of_images),
+        "sections": [_section_view(part) for part in sections],
+        "curves": curves,
+        "pictures": _picture_views(pictures),
+        "cost": cost_table(collection),
+        "environments": [plain_text(text) for text in environments(collection)],
+        "records": record_table(collection, out),
+        "commands": _commands(entry.record for entry in collection.entries),
+        "unusable": [plain_text(line) for line in unusable],
+    }
+    write_page("report.md.j2", values, out / PAGE, refresh)
     return Report(out / PAGE, summary, sections, tuple(unusable))
-
-
-def _render(**values: Any) -> str:
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    pages = jinja2.Environment(
-        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    return pages.get_template("report.md.j2").render(values)
 
 
 def _title(sections: Sequence[Section], collection: Collection) -> str:
@@ -136,15 +131,18 @@ def _again(runs: Iterable[str | Path], out: Path, pictures_of_images: bool) -> s
 
 def _section_view(part: Section) -> dict[str, Any]:
     record = part.data.record
-    protocols = [f"{HEADLINES[m.task][1]} `{m.metric}` by `{m.protocol}`" for m in part.data.measures]
+    protocols = [f"{plain_text(m.name)} {code(m.metric)} by {code(m.protocol)}" for m in part.data.measures]
+    subset = f", subset {plain_text(record.data.subset)}" if record.data.subset else ""
+    top1 = all(measure.metric.startswith("top1") for measure in part.data.measures)
     return {
-        "title": _data_title(record),
+        "title": _data_title(record) + subset,
+        "unit": "Top-1 in percent" if top1 else "Percent",
         "data": _data_text(record),
         "fingerprint": record.data.fingerprint,
         "protocols": _listed(protocols),
-        "chance": f"{100 / record.data.classes:.3g}" if record.data.classes else None,
-        "accuracy": accuracy_table(part).markdown(),
-        "seeds": _markdown(seed_table(part)),
+        "chance": f"{100 / record.data.classes:.3g}" if record.data.classes and top1 else None,
+        "accuracy": accuracy_table(part),
+        "seeds": seed_table(part),
         "has_repeats": any(row.repeat for row, _ in part.cells),
         "unpaired": any(
             row.kind == 2 and cell.value is not None and (cell.comparison is None or cell.comparison.interval is None)
@@ -156,10 +154,6 @@ def _section_view(part: Section) -> dict[str, Any]:
 
 def _picture_views(pictures: dict[Kind, list[Figure]]) -> list[dict[str, Any]]:
     return [{"kind": kind, "figures": figures} for kind, figures in pictures.items()]
-
-
-def _markdown(table: Table | None) -> str | None:
-    return None if table is None else table.markdown()
 
 
 def _commands(records: Iterable[Record]) -> list[str]:

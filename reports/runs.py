@@ -1,11 +1,11 @@
 """What the runs cost, and the list of every record."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mte_bench.records import RECORD_NAME, Record
-from reports.collect import HEADLINES, Collection, Entry, plain_hash, protocol_text
-from reports.markdown import MISSING, Table, interval, link, plain_text
+from reports.collect import Collection, Entry, headline, is_evaluation, plain_hash, protocol_text
+from reports.markdown import MISSING, Table, code, interval, link, plain_text
 from reports.naming import architecture_title, data_title, method_title
 
 VERSIONS = ("mte-bench", "torch", "torchvision", "timm", "faiss-cpu", "python")
@@ -39,8 +39,8 @@ def _cost(record: Record, plain: Record | None, collection: Collection) -> tuple
         names = ("seconds", "images_per_second", "peak_memory_bytes")
         ratios = [_ratio(getattr(cost, name), getattr(plain.cost, name) if plain else None) for name in names]
     return (
-        method_title(subject),
-        architecture_title(subject),
+        plain_text(method_title(subject)),
+        plain_text(architecture_title(subject)),
         plain_text(data_title(record.data.source)),
         plain_text(device(record)),
         MISSING if subject.epochs is None else f"{subject.epochs:g}",
@@ -68,38 +68,39 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def record_table(collection: Collection, out: Path, environments: Sequence[str]) -> Table:
-    """Every record, one line each; ``environments`` are what the column of that name counts from 1."""
-    rows = [_record_row(entry, collection, out, environments) for entry in collection.entries]
+def record_table(collection: Collection, out: Path) -> Table:
+    """Every record, one line each; the column of that name counts ``environments`` from 1."""
+    numbers = {text: number for number, text in enumerate(environments(collection), start=1)}
+    rows = [_record_row(entry, out, numbers) for entry in collection.entries]
     columns = ("Record", "Subject", "Seed", "Data", "Protocol", "Value", "n", "Fingerprint", "Checkpoint", "Environment", "Made")
     return Table(columns, tuple(rows), "llrllrrllll")
 
 
-def _record_row(entry: Entry, collection: Collection, out: Path, environments: Sequence[str]) -> tuple[str, ...]:
+def _record_row(entry: Entry, out: Path, environments: Mapping[str, int]) -> tuple[str, ...]:
     record, subject = entry.record, entry.record.subject
-    name, value, n = headline(record)
+    name, value, n = headline_value(record)
     return (
         f"[{plain_text(record.task)}]({link(entry.folder / RECORD_NAME, out)})",
         f"{plain_text(method_title(subject))}, {plain_text(architecture_title(subject))}",
         MISSING if subject.seed is None else str(subject.seed),
         plain_text(data_title(record.data.source)) + (f" ({plain_text(record.data.subset)})" if record.data.subset else ""),
-        f"`{protocol_text(record)}`",
+        code(protocol_text(record)),
         MISSING if value is None else f"{plain_text(name)} {value}",
         MISSING if n is None else f"{n:,}",
-        f"`{record.data.fingerprint[:8]}`",
-        f"`{subject.sha256[:8]}`",
-        str(environments.index(environment(record)) + 1),
+        code(record.data.fingerprint[:8]),
+        code(subject.sha256[:8]),
+        str(environments[environment(record)]),
         record.created[:10],
     )
 
 
-def headline(record: Record) -> tuple[str, str | None, int | None]:
-    """Name, value with interval, and n of the metric that stands for a record: its task's headline or else its first."""
-    name = HEADLINES.get(record.task, (next(iter(record.metrics), ""),))[0]
+def headline_value(record: Record) -> tuple[str, str | None, int | None]:
+    """Name, value with interval, and n of the metric that stands for a record."""
+    name = headline(record)
     if name not in record.metrics:
         return name, None, None
     metric = record.metrics[name]
-    ends = f" {interval(metric.ci95)}" if metric.ci95 and record.task in HEADLINES else ""
+    ends = f" {interval(metric.ci95)}" if metric.ci95 and is_evaluation(record) else ""
     return name, f"{metric.value:.4g}{ends}", metric.n
 
 
@@ -131,9 +132,9 @@ def _rank(version: str) -> int:
     return VERSIONS.index(version.rpartition(" ")[0])
 
 
-def environments(records: Iterable[Record]) -> list[str]:
+def environments(collection: Collection) -> list[str]:
     """Each environment once, in the order in which it is met."""
-    return list(dict.fromkeys(environment(record) for record in records))
+    return list(dict.fromkeys(environment(entry.record) for entry in collection.entries))
 
 
 def period(records: Sequence[Record]) -> str:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from reports.collect import Collection, DataTable, Measure, Row
-from reports.compare import Comparison, Predictions, Value, compare, summarise
-from reports.markdown import MISSING, Table, interval, number, plain_text, plus_minus
+from reports.compare import Comparison, Value, compare, summarise
+from reports.markdown import MISSING, Table, code, interval, number, plain_text, plus_minus, probability
 from reports.naming import data_title
 from reports.paper import printed
+from reports.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,11 @@ def accuracy_table(part: Section) -> Table:
     """Table 5's shape: the paper's value and ours, its interval over images, its spread over seeds, and what MTE changes."""
     columns = ["Method", "Architecture", "Epochs"]
     for measure in part.data.measures:
-        columns += [f"{measure.title}\n{what}" for what in ("paper", "ours [95 %]", "over seeds", "+MTE − plain")]
+        title = plain_text(measure.title)
+        columns += [f"{title}\n{what}" for what in ("paper", "ours [95 %]", "n, over seeds", "+MTE − plain")]
     rows = []
-    for row, cells in part.cells:
-        line = [_method(row, part.data), row.architecture, row.epochs]
+    for (row, cells), method in zip(part.cells, _methods(part.data), strict=True):
+        line = [method, plain_text(row.architecture), row.epochs]
         for cell in cells:
             line += [number(cell.paper), _value(cell.value), _over_seeds(cell.value), _difference(row, cell)]
         rows.append(tuple(line))
@@ -67,36 +69,43 @@ def seed_table(part: Section) -> Table | None:
     """Every pair of one seed with and without MTE; None where no difference is of several seeds."""
     if not any(cell.comparison and len(cell.comparison.seeds) > 1 for _, cells in part.cells for cell in cells):
         return None
+    methods = _methods(part.data)
     rows = []
     for index, measure in enumerate(part.data.measures):
-        for row, cells in part.cells:
+        for (row, cells), method in zip(part.cells, methods, strict=True):
             comparison = cells[index].comparison
             for seed in comparison.seeds if comparison else ():
                 rows.append(
                     (
-                        measure.title,
-                        f"{_method(row, part.data)}\n{row.architecture}",
+                        plain_text(measure.title),
+                        f"{method}\n{plain_text(row.architecture)}",
                         MISSING if seed.seed is None else str(seed.seed),
                         f"{seed.plain:.2f}",
                         f"{seed.value:.2f}",
                         f"{plus_minus(seed.difference, 2)} {interval(seed.interval, signed=True)}",
-                        _p(seed.p_value),
+                        probability(seed.p_value),
                     )
                 )
     columns = ("Task", "Method", "Seed", "plain", "+MTE", "difference [95 %]", "McNemar p")
     return Table(columns, tuple(rows), "llrrrrr")
 
 
-def _method(row: Row, table: DataTable) -> str:
-    """The row's title, with the recipe's name or hash and the repeat only where the title alone is not enough."""
-    same = [other for other in table.rows if _label(other) == _label(row)]
-    text = plain_text(row.title)
-    if len({(other.subject.recipe_hash, other.subject.sha256 if other.subject.seed is None else "") for other in same}) > 1:
-        name = plain_text(row.subject.recipe or row.subject.family)
-        text += f"\n{name} `{(row.subject.recipe_hash or row.subject.sha256)[:6]}`"
-    pretrained_on = {data_title(other.subject.pretrain_data) for other in table.rows if other.subject.pretrain_data}
-    if len(pretrained_on) > 1 and row.subject.pretrain_data:
-        text += f"\n(pre-trained on {plain_text(data_title(row.subject.pretrain_data))})"
+def _methods(table: DataTable) -> list[str]:
+    """Each row's title, with the recipe's name or hash and the repeat only where the title alone is not enough."""
+    recipes: dict[tuple[object, ...], set[tuple[str | None, str]]] = {}
+    for row in table.rows:
+        subject = row.subject
+        recipes.setdefault(_label(row), set()).add((subject.recipe_hash, subject.sha256 if subject.seed is None else ""))
+    several_sources = len({data_title(row.subject.pretrain_data) for row in table.rows if row.subject.pretrain_data}) > 1
+    return [_method(row, len(recipes[_label(row)]) > 1, several_sources) for row in table.rows]
+
+
+def _method(row: Row, several_recipes: bool, several_sources: bool) -> str:
+    subject, text = row.subject, plain_text(row.title)
+    if several_recipes:
+        text += f"\n{plain_text(subject.recipe or subject.family)} {code((subject.recipe_hash or subject.sha256)[:6])}"
+    if several_sources and subject.pretrain_data:
+        text += f"\n(pre-trained on {plain_text(data_title(subject.pretrain_data))})"
     return text + (f"\n(repeat {row.repeat + 1})" if row.repeat else "")
 
 
@@ -111,7 +120,8 @@ def _value(value: Value | None) -> str:
 def _over_seeds(value: Value | None) -> str:
     if value is None:
         return MISSING
-    return "1 seed" if value.spread is None else f"{len(value.seeds)} seeds\n{value.value:.1f} ± {value.spread:.2f}"
+    seeds = "1 seed" if value.spread is None else f"{len(value.seeds)} seeds\n{value.value:.1f} ± {value.spread:.2f}"
+    return f"{value.images:,}\n{seeds}"
 
 
 def _difference(row: Row, cell: Cell) -> str:
@@ -123,11 +133,7 @@ def _difference(row: Row, cell: Cell) -> str:
     text = f"**{plus_minus(comparison.difference)}**\n{interval(comparison.interval, signed=True)}"
     if len(comparison.seeds) < len(value.seeds):
         text += f"\n{len(comparison.seeds)} of {len(value.seeds)} seeds"
-    return text if comparison.p_value is None else f"{text}\np {_p(comparison.p_value)}"
-
-
-def _p(value: float | None) -> str:
-    return MISSING if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+    return text if comparison.p_value is None else f"{text}\np {probability(comparison.p_value)}"
 
 
 def cell_summary(part: Section) -> dict[str, Any]:
