@@ -23,7 +23,7 @@ class Example:
 
 @dataclass(frozen=True)
 class ClassChange:
-    """One class: ``images`` of the val split, accuracies in percent; ``gained`` and ``lost`` count images, averaged over seeds."""
+    """One class of the val split: accuracies in percent; ``gained`` and ``lost`` count images, averaged over seeds."""
 
     name: str
     images: int

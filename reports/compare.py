@@ -90,8 +90,10 @@ def compare(cell: Mapping[SEED, Entry], plain: Mapping[SEED, Entry], metric: str
     if not common:
         return None
     seeds = tuple(_one_seed(seed, ours[seed], baseline[seed], metric, predictions) for seed in common)
-    found = ([cell[seed] for seed in common] for cell in (ours, baseline))
-    interval = seeds[0].interval if len(seeds) == 1 else _interval(*found, metric, predictions)
+    if len(seeds) == 1:
+        interval = seeds[0].interval
+    else:
+        interval = _interval([ours[seed] for seed in common], [baseline[seed] for seed in common], metric, predictions)
     return Comparison(float(np.mean([seed.difference for seed in seeds])), interval, seeds)
 
 

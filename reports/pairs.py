@@ -108,10 +108,12 @@ def _pair(a: Cell, b: Cell, metric: str | None, predictions: Predictions) -> Pai
     if before is None or after is None or change is None:
         return None
     measure = measure._replace(metric=metric)
-    compared = [[cell[seed] for seed, _ in value.seeds] for cell, value in zip(cells, (before, after), strict=True)]
-    if common := [seed.seed for seed in change.seeds if seed.seed in cells[0] and seed.seed in cells[1]]:
-        compared = [[cell[seed] for seed in common] for cell in cells]
-    return Pair(data, measure, row, other, (before, after), change, class_changes(*compared, metric, predictions))
+    common = [seed.seed for seed in change.seeds if seed.seed in cells[0] and seed.seed in cells[1]]
+    ours, theirs = (
+        [cell[seed] for seed in common or [seed for seed, _ in value.seeds]]
+        for cell, value in zip(cells, (before, after), strict=True)
+    )
+    return Pair(data, measure, row, other, (before, after), change, class_changes(ours, theirs, metric, predictions))
 
 
 def _called(cell: Cell) -> str:

@@ -152,7 +152,7 @@ def _digest(names: Any) -> bytes:
     """Of an array of strings: its characters and where each string ends."""
     _, ends, characters = names.buffers()
     ends = np.frombuffer(ends, np.int32)[names.offset : names.offset + len(names) + 1]
-    found = hashlib.blake2b(np.ascontiguousarray(ends - ends[0]), digest_size=16)
+    found = hashlib.blake2b((ends - ends[0]).tobytes(), digest_size=16)
     found.update(memoryview(characters)[ends[0] : ends[-1]])
     return found.digest()
 

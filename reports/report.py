@@ -133,14 +133,13 @@ def _section_view(part: Section) -> dict[str, Any]:
     record = part.data.record
     protocols = [f"{plain_text(m.name)} {code(m.metric)} by {code(m.protocol)}" for m in part.data.measures]
     subset = f", subset {plain_text(record.data.subset)}" if record.data.subset else ""
-    top1 = all(measure.metric.startswith("top1") for measure in part.data.measures)
     return {
         "title": _data_title(record) + subset,
-        "unit": "Top-1 in percent" if top1 else "Percent",
+        "unit": part.unit,
         "data": _data_text(record),
         "fingerprint": record.data.fingerprint,
         "protocols": _listed(protocols),
-        "chance": f"{100 / record.data.classes:.3g}" if record.data.classes and top1 else None,
+        "chance": f"{100 / record.data.classes:.3g}" if record.data.classes and part.is_top1 else None,
         "accuracy": accuracy_table(part),
         "seeds": seed_table(part),
         "has_repeats": any(row.repeat for row, _ in part.cells),

@@ -31,6 +31,16 @@ class Section:
     data: DataTable
     cells: tuple[tuple[Row, tuple[Cell, ...]], ...]
 
+    @property
+    def is_top1(self) -> bool:
+        """Whether every column is the share of images whose class is said."""
+        return all(measure.metric.startswith("top1") for measure in self.data.measures)
+
+    @property
+    def unit(self) -> str:
+        """What the columns hold."""
+        return "Top-1 in percent" if self.is_top1 else "In percent"
+
 
 def section(table: DataTable, collection: Collection, predictions: Predictions) -> Section:
     """Compute every cell of ``table``."""
