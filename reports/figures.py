@@ -28,6 +28,7 @@ COLOURS = {"dino": BLUE, "ibot": RED, "byol": GREEN, "mocov3": PINK, "moby": ORA
 FINEST = 20  # points of a loss curve that is shorter than so many epochs; longer ones have one per epoch
 MARKED = 10  # points up to which each is marked on its line
 GAP = 0.062  # between two labels at the ends of lines, as a share of the axis
+MOST_LINES = 16  # in one picture; more labels would not fit beside its axes
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,13 @@ def draw_curves(collection: Collection, out: Path) -> list[Figure]:
             groups.setdefault(key, []).append((entry, curves))
     figures: list[Figure] = []
     for (data, _, architecture), members in groups.items():
-        file = _unused(figures, f"curves-{slug(data)}", ".png")
-        lines = _lines(members)
-        _draw_curves(out / file, lines)
-        remark = ", ".join(f"{line.label}: {len(line.runs)} run{'s' * (len(line.runs) > 1)}" for line in lines)
-        figures.append(Figure(file, f"{data}, {architecture}", remark))
+        every = _lines(members)
+        for start in range(0, len(every), MOST_LINES):
+            lines = every[start : start + MOST_LINES]
+            file = _unused(figures, f"curves-{slug(data)}", ".png")
+            _draw_curves(out / file, lines)
+            remark = ", ".join(f"{line.label}: {len(line.runs)} run{'s' * (len(line.runs) > 1)}" for line in lines)
+            figures.append(Figure(file, f"{data}, {architecture}", remark))
     return figures
 
 

@@ -1,7 +1,7 @@
 """A report that is written again while a study runs."""
 
-import time
 from pathlib import Path
+from time import sleep, strftime
 
 from mte_bench.console import log
 from mte_bench.errors import UserError
@@ -24,10 +24,10 @@ def keep_writing(runs: list[str], out: str, pictures_of_images: bool, seconds: i
                 seen = now
                 try:
                     written = write_report(runs, out, pictures_of_images, refresh=seconds)
-                    log(f"{time.strftime('%H:%M:%S')}  {written.page}: {written.summary['records']} records")
+                    log(f"{strftime('%H:%M:%S')}  {written.page}: {written.summary['records']} records")
                 except UserError as error:
-                    log(f"{time.strftime('%H:%M:%S')}  {error}")
-            time.sleep(seconds)
+                    log(f"{strftime('%H:%M:%S')}  {error}")
+            sleep(seconds)
     except KeyboardInterrupt:
         log("")
 
