@@ -2,7 +2,7 @@
 
 The records are made up: seven methods with and without MTE from several recipes and seeds, each pre-trained, evaluated by k-NN
 and by a linear classifier on 1,000 images, with predictions beside them. Each report is written in a process of its own, whose
-peak memory is told.
+processor time (one core; an idle machine takes as long by the clock) and peak memory are told.
 
     python benchmarks/report_scale.py            # 600 and 10,000 records
     python benchmarks/report_scale.py --quick    # 600 and 1,500 records
@@ -99,21 +99,21 @@ def write_runs(root: Path, count: int, curves: bool) -> None:
 
 
 def read_only(root: Path) -> float:
-    """Seconds for parsing every record and reading every file of predictions: what no report can do without."""
-    began = time.perf_counter()
+    """Seconds of the processor for parsing every record and reading every file of predictions: what no report can do without."""
+    began = time.process_time()
     for path in sorted(root.rglob("record.json")):
         json.loads(path.read_text())
     for path in sorted(root.rglob("predictions.parquet")):
         pq.read_table(path, use_threads=False)
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def report(root: Path, out: Path, answers: "multiprocessing.Queue[tuple[float, float, float]]") -> None:
-    """Write the report; seconds, seconds of reading alone, and peak memory in bytes."""
+    """Write the report; seconds of the processor, those of reading alone, and peak memory in bytes."""
     floor = read_only(root)
-    began = time.perf_counter()
+    began = time.process_time()
     write_report([root], out)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     answers.put((seconds, floor, peak_memory()))
 
 
@@ -130,7 +130,7 @@ def main() -> None:
 
     found: dict[str, dict[str, float]] = {}
     spawned = multiprocessing.get_context("spawn")
-    print(f"{'records':>8} {'s':>7} {'reading':>8} {'ratio':>6} {'memory':>9} {'html':>9}")
+    print(f"{'records':>8} {'CPU s':>7} {'reading':>8} {'ratio':>6} {'memory':>9} {'html':>9}")
     for count, curves in ((600, True), (1500 if quick else 10_000, False)):
         with tempfile.TemporaryDirectory() as folder:
             root, out = Path(folder) / "runs", Path(folder) / "report"

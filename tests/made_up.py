@@ -46,14 +46,15 @@ def draws(accuracy, images, seed):
     return 0.7 * rng.random(images) + 0.3 * np.random.default_rng(seed).random(images) < accuracy
 
 
-def evaluation(folder, task, who, accuracy, data=SCENES, predictions=True, seed=0, **changes):
+def evaluation(folder, task, who, accuracy, data=SCENES, predictions=True, seed=0, names=None, right=None, **changes):
     n, metric = data["images"]["val"], HEADLINE[task]
-    right = draws(accuracy, n, seed)
+    right = draws(accuracy, n, seed) if right is None else right
     folder.mkdir(parents=True, exist_ok=True)
     if predictions:
         labels = np.arange(n) % data["classes"]
         guesses = np.where(right, labels, (labels + 1) % data["classes"])
-        columns = {"name": [f"{i:05}.jpg" for i in range(n)], "label": labels, f"prediction:{metric}": guesses}
+        names = [f"{i:05}.jpg" for i in range(n)] if names is None else names
+        columns = {"name": names, "label": labels, f"prediction:{metric}": guesses}
         classes = json.dumps([f"class {i}" for i in range(data["classes"])])
         pq.write_table(pa.table(columns).replace_schema_metadata({"classes": classes}), folder / "predictions.parquet")
     value = Metric(value=100 * right.mean(), ci95=tuple(100 * end for end in bootstrap_ci(right)), n=n)
