@@ -50,6 +50,8 @@ class Kind:
     title: str
     shows: str
     look: str
+    paper: str = ""
+    """The paper's figure that shows the same."""
     of_images: bool = True
     """Whether it shows the images of the data."""
 
@@ -75,6 +77,7 @@ KINDS = (
         "Pooling maps",
         "The weights with which each adaptively pooled token adds up the patch tokens; a help in pre-training, then dropped.",
         "maps that differ from token to token and follow the image. Equal maps would be one token several times.",
+        "Figure 6",
     ),
     Kind(
         "cka",
@@ -82,6 +85,7 @@ KINDS = (
         "CKA between tokens",
         "Linear CKA between the tokens over images of the val split: 1 where two say the same of which images are alike.",
         "low values off the diagonal. Tokens that are alike have nothing to add to each other when they are fused.",
+        "Figure 7",
         of_images=False,
     ),
 )
