@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import lcm
 
 import numpy as np
 
@@ -118,8 +119,12 @@ def _interval(
     right = predictions.stacked([*ours, *theirs], metric)
     if right is None:
         return None
-    sums = right[: len(ours)].sum(axis=0) * len(theirs), right[len(ours) :].sum(axis=0) * len(ours)
-    return _points(paired_bootstrap(*sums)[1:], len(ours) * len(theirs))
+    common = lcm(len(ours), len(theirs))
+    sums = (
+        right[: len(ours)].sum(axis=0) * (common // len(ours)),
+        right[len(ours) :].sum(axis=0) * (common // len(theirs)),
+    )
+    return _points(paired_bootstrap(*sums)[1:], common)
 
 
 def _one_seed(seed: SEED, entry: Entry, plain: Entry, metric: str, predictions: Predictions) -> SeedDifference:

@@ -88,6 +88,33 @@ KINDS = (
         "Figure 7",
         of_images=False,
     ),
+    Kind(
+        "per-class",
+        "picture",
+        "Tokens class by class",
+        "k-NN accuracy of each token in each class, and in how many classes each is the best.",
+        "tokens that are best in some classes though not on the whole: they know what the global token does not.",
+        "Figure 8",
+        of_images=False,
+    ),
+    Kind(
+        "pairs",
+        "picture",
+        "Pairs of tokens",
+        "What two tokens side by side know beyond the better of them.",
+        "gains away from the diagonal, larger where CKA is low.",
+        "Figure 9",
+        of_images=False,
+    ),
+    Kind(
+        "pseudo-labels",
+        "picture",
+        "Pseudo-labels",
+        "How well the prototypes that tokens choose, alone, in pairs and fused, agree with the classes.",
+        "pairs that agree better than their tokens do, and the fused vector better than all.",
+        "Figures 10 and 11",
+        of_images=False,
+    ),
 )
 
 PREFIXES = tuple(f"{name}-" for name in ("curves", "views", *(kind.task for kind in KINDS)))

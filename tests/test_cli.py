@@ -47,7 +47,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_verbs_of_the_design_are_there() -> None:
     evaluations = {"knn", "linear", "retrieval", "analyze", "run"}
-    wanted = {"quickstart", "pretrain", *evaluations, "report", "list", "inspect", "export", "data", "doctor"}
+    wanted = {"quickstart", "pretrain", *evaluations, "report", "compare", "check", "list", "inspect", "export", "data", "doctor"}
     assert wanted <= set(VERBS)
 
 
