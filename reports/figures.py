@@ -239,10 +239,12 @@ def _draw_curves(path: Path, lines: list[Line]) -> None:
 
 def _draw_line(axes: "Axes", line: Line, runs: list[Points]) -> tuple[float, float]:
     """Seeds thin, their mean thick over the epochs that all have; returns where it ends."""
+    from matplotlib.collections import LineCollection
+
     colour, style = COLOURS.get(line.method, BLACK), "-" if line.mte else (0, (4, 1.6))
-    if len(runs) > 1:
-        for points in runs:
-            axes.plot(*points.T, color=colour, linestyle=style, linewidth=0.8, alpha=0.4)
+    if len(runs) > 1:  # one artist for all: many seeds would take a second a picture
+        axes.add_collection(LineCollection(runs, colors=colour, linestyles=[style], linewidths=0.8, alpha=0.4))
+        axes.autoscale_view()
     common = sorted(set.intersection(*({round(x, 6) for x in points[:, 0]} for points in runs)))
     if not common:
         return float(runs[0][-1, 0]), float(runs[0][-1, 1])
