@@ -56,7 +56,8 @@ HEADLINES = {
     "inat": ("top1", "fine-tuned on iNaturalist"),
     "retrieval": ("recall_1", "retrieval"),
 }
-"""The metric that stands for a task in tables, and the task's name there; of other tasks it is the first one."""
+"""The metric that stands for a task in tables, and the task's name there; of other tasks, and where a protocol has other
+metrics, it is the first one."""
 
 
 def is_evaluation(record: Record) -> bool:
@@ -66,7 +67,8 @@ def is_evaluation(record: Record) -> bool:
 
 def headline(record: Record) -> str:
     """The metric that stands for a record; "" if it has none."""
-    return HEADLINES.get(record.task, (next(iter(record.metrics), ""),))[0]
+    known = HEADLINES.get(record.task, ("", ""))[0]
+    return known if known in record.metrics or not record.metrics else next(iter(record.metrics))
 
 
 SEED = int | None
@@ -276,16 +278,17 @@ def _row_key(subject: Subject) -> tuple[object, ...]:
 
 def _measures(entries: list[Entry]) -> tuple[Measure, ...]:
     """The columns of ``entries``; the protocol is part of the title only where a task was measured under several."""
-    metrics = {entry.record.task: headline(entry.record) for entry in reversed(entries)}
-    protocols = {task: {protocol_text(entry.record) for entry in entries if entry.record.task == task} for task in metrics}
+    protocols: dict[str, dict[str, str]] = {}  # task to its protocols, each with its metric
+    for entry in entries:
+        protocols.setdefault(entry.record.task, {}).setdefault(protocol_text(entry.record), headline(entry.record))
     known = list(HEADLINES)
     result: list[Measure] = []
-    for task in sorted(metrics, key=lambda task: (known.index(task) if task in known else len(known), task)):
+    for task in sorted(protocols, key=lambda task: (known.index(task) if task in known else len(known), task)):
         title = HEADLINES.get(task, ("", task))[1]
         several = len(protocols[task]) > 1
         result += [
-            Measure(task, metrics[task], text, title, f"{title} ({text})" if several else title)
-            for text in sorted(protocols[task])
+            Measure(task, metric, text, title, f"{title} ({text})" if several else title)
+            for text, metric in sorted(protocols[task].items())
         ]
     return tuple(result)
 

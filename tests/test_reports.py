@@ -25,7 +25,7 @@ from made_up import (
     subject,
 )
 from mte_bench.errors import UserError
-from mte_bench.records import Cost, Data, Protocol, make_record
+from mte_bench.records import Cost, Data, Metric, Protocol, make_record
 from mte_bench.statistics import bootstrap_ci, mcnemar, paired_bootstrap
 from reports.commands import report
 from reports.naming import architecture_title, data_title, method_title
@@ -175,6 +175,19 @@ def test_other_protocols_and_other_data_are_never_put_together(tmp_path):
     values = [[cell["value"] for cell in table["cells"]] for table in summary["tables"]]
     assert sorted(len(row) for row in values) == [1, 2, 2]  # subset; two protocols; one set of images at two places
     assert len({cell["protocol"] for cell in summary["tables"][-1]["cells"]}) == 2
+
+
+def test_a_protocol_with_other_metrics_shows_its_first(tmp_path):
+    other = {"top1_k5": Metric(value=40, n=400), "top5_k5": Metric(value=80, n=400)}
+    evaluation(tmp_path / "a", "knn", subject(), 0.5)
+    few = Protocol(name="knn-fewshot", settings=KNN)
+    evaluation(tmp_path / "b", "knn", subject(), 0.5, predictions=False, metrics=other, protocol=few)
+    written = write_report([tmp_path], tmp_path / "report")
+    assert {cell["protocol"].partition("@")[0]: cell["metric"] for cell in cells(written.summary)} == {
+        "knn": "top1_k10",
+        "knn-fewshot": "top1_k5",
+    }
+    assert "k-NN `top1_k5` by `knn-fewshot@1 " in written.page.read_text()
 
 
 def test_broken_records_are_named_and_counted_and_do_no_harm(tmp_path, capsys):
