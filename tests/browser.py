@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,27 @@ SECONDS = 60
 
 def browse(page: Path, script: str, width: int = 1200, scheme: str = "light", picture: Path | None = None) -> Any:
     """What ``script`` (an expression) gives on ``page``; fails on any console message, skips where no browser can start."""
-    command = [sys.executable, __file__, str(page), script, str(width), scheme, *([str(picture)] if picture else [])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * SECONDS)
-    if done.returncode or not done.stdout:
-        pytest.skip(f"no browser can start here: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+    if reason := missing():
+        pytest.skip(f"no browser can start here: {reason}")
+    done = _run(str(page), script, str(width), scheme, *([str(picture)] if picture else []))
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["loaded"] and found["console"] == []
     return found["result"]
+
+
+@cache
+def missing() -> str:
+    """Why no browser can start here; "" if one can."""
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "page.html"
+        page.write_text("<!doctype html><title>x</title>")
+        done = _run(str(page), "1 + 1", "200", "light")
+    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, timeout=2 * SECONDS)
 
 
 def main(page: str, script: str, width: str, scheme: str, picture: str = "") -> None:
@@ -48,7 +64,7 @@ def main(page: str, script: str, width: str, scheme: str, picture: str = "") -> 
     view.resize(int(width), 1000)
 
     def evaluated(result: Any) -> None:
-        found["result"] = json.loads(result)
+        found["result"] = json.loads(result) if result else None  # nothing if the script itself is wrong
         QTimer.singleShot(300, finished)  # what the script changed is drawn by then
 
     def finished() -> None:
