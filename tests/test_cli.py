@@ -152,10 +152,10 @@ def test_another_package_adds_a_command(monkeypatch: pytest.MonkeyPatch, capsys:
     def fail_check() -> None:
         raise typer.Exit(1)
 
-    offer(monkeypatch, greet=greet, check=fail_check, knn=raising(AssertionError("knn was taken over")))
+    offer(monkeypatch, greet=greet, verify=fail_check, knn=raising(AssertionError("knn was taken over")))
     assert cli.run(["greet", "anna", "--loud"]) == "ANNA"
     assert cli.main(["greet", "anna"]) == 0
-    assert cli.main(["check"]) == 1
+    assert cli.main(["verify"]) == 1
     assert cli.main([]) == 0
     assert "greet       Say hello\n" in capsys.readouterr().out
     assert cli.main(["knn", "--help"]) == 0  # its own verbs stay what they are
