@@ -163,6 +163,8 @@ class Row:
     """0 for the first measurement of each seed, 1 for the second, and so on."""
     plain_recipe: str | None
     """Hash of the recipe without MTE; rows that share it differ in MTE alone. None if the recipe is not known."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """The resolved settings of the pre-training; empty if they are not known."""
     cells: dict[Measure, dict[SEED, Entry]] = field(default_factory=dict)
 
     @property
@@ -227,9 +229,8 @@ def _table(collection: Collection, entries: list[Entry]) -> DataTable:
     for key, repeat, measure, entry in _places(entries):
         subject = entry.record.subject
         if (key, repeat) not in rows:
-            rows[key, repeat] = Row(
-                key, subject, method_title(subject), architecture_title(subject), repeat, plain_hash(collection.recipe(subject))
-            )
+            titles, recipe = (method_title(subject), architecture_title(subject)), collection.recipe(subject)
+            rows[key, repeat] = Row(key, subject, *titles, repeat, plain_hash(recipe), recipe)
         rows[key, repeat].cells.setdefault(measure, {})[subject.seed] = entry
     ordered = sorted(rows.values(), key=_row_order)
     return DataTable(entries[0].record, _measures(entries), tuple(ordered))

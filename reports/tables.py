@@ -3,6 +3,7 @@
 ``–`` is a value that is missing, an empty cell one that cannot be: a plain encoder has no difference to a plain one.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from reports.markdown import MISSING, Table, code, interval, number, plain_text,
 from reports.naming import data_title
 from reports.paper import printed
 from reports.predictions import Predictions
+
+MOST_DIFFERING = 4  # settings that tell rows apart by name; more are a recipe of their own
 
 
 @dataclass(frozen=True)
@@ -101,22 +104,45 @@ def seed_table(part: Section) -> Table | None:
 
 
 def _methods(table: DataTable) -> list[str]:
-    """Each row's title, with the recipe's name or hash and the repeat only where the title alone is not enough."""
-    recipes: dict[tuple[object, ...], set[tuple[str | None, str]]] = {}
+    """Each row's title; what its recipe sets otherwise, and the repeat, only where the title alone is not enough."""
+    alike: dict[tuple[object, ...], list[Row]] = {}
     for row in table.rows:
-        subject = row.subject
-        recipes.setdefault(_label(row), set()).add((subject.recipe_hash, subject.sha256 if subject.seed is None else ""))
+        alike.setdefault(_label(row), []).append(row)
     several_sources = len({data_title(row.subject.pretrain_data) for row in table.rows if row.subject.pretrain_data}) > 1
-    return [_method(row, len(recipes[_label(row)]) > 1, several_sources) for row in table.rows]
+    return [_method(row, alike[_label(row)], several_sources) for row in table.rows]
 
 
-def _method(row: Row, several_recipes: bool, several_sources: bool) -> str:
+def _method(row: Row, alike: list[Row], several_sources: bool) -> str:
     subject, text = row.subject, plain_text(row.title)
-    if several_recipes:
-        text += f"\n{plain_text(subject.recipe or subject.family)} {code((subject.recipe_hash or subject.sha256)[:6])}"
+    if len({(other.subject.recipe_hash, "" if other.subject.seed is not None else other.subject.sha256) for other in alike}) > 1:
+        text += f"\n{_peculiarity(row, alike)}"
     if several_sources and subject.pretrain_data:
         text += f"\n(pre-trained on {plain_text(data_title(subject.pretrain_data))})"
     return text + (f"\n(repeat {row.repeat + 1})" if row.repeat else "")
+
+
+def _peculiarity(row: Row, alike: list[Row]) -> str:
+    """The settings in which the recipes of ``alike`` differ; if they are not known or many, the recipe's name and hash."""
+    recipes = [_flat(other.recipe) for other in alike]
+    keys = list(dict.fromkeys(key for recipe in recipes for key in recipe if key != "description"))
+    differing = [key for key in keys if any(other.get(key, "–") != recipes[0].get(key, "–") for other in recipes)]
+    if not all(recipes) or not 0 < len(differing) <= MOST_DIFFERING:
+        subject = row.subject
+        return f"{plain_text(subject.recipe or subject.family)} {code((subject.recipe_hash or subject.sha256)[:6])}"
+    own = _flat(row.recipe)
+    return plain_text(", ".join(f"{key.rpartition('.')[2]} {_setting(own.get(key, '–'))}" for key in differing))
+
+
+def _setting(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _flat(settings: Mapping[str, Any], start: str = "") -> dict[str, Any]:
+    """``{"mte": {"pooled": 6}}`` as ``{"mte.pooled": 6}``."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{start}{key}.") if isinstance(value, Mapping) else {f"{start}{key}": value}
+    return flat
 
 
 def _label(row: Row) -> tuple[object, ...]:

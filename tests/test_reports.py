@@ -400,3 +400,22 @@ def test_json_is_the_summary(tmp_path, capsys):
     build_runs(tmp_path / "runs", seeds=(0,))
     report([str(tmp_path / "runs")], str(tmp_path / "report"), json=True)
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "report" / "report.json").read_text())
+
+
+def test_rows_of_one_title_say_in_which_settings_they_differ(tmp_path):
+    """The ablation of the tokens: as many rows with MTE as there are recipes, all against the same plain one."""
+    tokens = {"b": {"pooled": 6, "ten": True}, "c": {"pooled": 0, "ten": True}, "d": {"pooled": 0, "ten": False}}
+    for letter, mte in ({"a": None} | tokens).items():
+        who = subject(mte is not None, recipe_hash=letter * 12, sha256=letter * 64)
+        pretraining(tmp_path / letter, who, recipe() | {"mte": mte})
+        evaluation(tmp_path / letter / "evaluations" / "knn", "knn", who, 0.6, seed=ord(letter))
+    page = write_report([tmp_path], tmp_path / "report").page.read_text()
+    rows = table_rows(page, "## Accuracy")
+    assert [row[0] for row in rows[1:]] == [
+        "DINO",
+        *(f"DINO+MTE<br>{text}" for text in ("pooled 6, ten true", "pooled 0, ten true", "pooled 0, ten false")),
+    ]
+    many = {"pooled": 1, "ten": False, "kernel": 3, "count": 2, "fusion": "sum"}
+    pretraining(tmp_path / "d", subject(True, recipe_hash="d" * 12, sha256="d" * 64), recipe() | {"mte": many})
+    page = write_report([tmp_path], tmp_path / "report").page.read_text()
+    assert {row[0] for row in table_rows(page, "## Accuracy")[2:]} == {f"DINO+MTE<br>dino_mte `{c * 6}`" for c in "bcd"}
