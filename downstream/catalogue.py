@@ -14,7 +14,7 @@ def tasks() -> list[dict[str, Any]]:
     from downstream.analysis.commands import analyze
 
     analyses = [command.callback for command in analyze.registered_commands if command.callback]
-    own = (commands.knn, commands.linear, commands.finetune, commands.inat, commands.retrieval)
+    own = (commands.knn, commands.linear, commands.finetune, commands.inat, commands.retrieval, commands.ade20k, commands.coco)
     offered = [*(("", function) for function in own), *(("analyze ", function) for function in analyses)]
     named = [(group, function.__name__.replace("_", "-"), function) for group, function in offered]
     return [

@@ -197,3 +197,66 @@ def _tuning(*, set_: list[str] | None, save_minutes: float, **options: Any) -> t
     from downstream.evaluate import Request
 
     return Request(set=tuple(set_ or ()), **options), save_minutes
+
+
+Finished = Annotated[str, typer.Argument(metavar="CKPT", help="As above, or the folder of a finished run: it is then only tested.")]
+Pictures = Annotated[int, typer.Option(min=0, help="Images in the picture.")]
+DenseProtocol = Annotated[str | None, typer.Option(help="Name of a protocol (mte-bench list protocols) or a YAML file [vitb].")]
+
+
+def ade20k(
+    checkpoint: Finished,
+    data: Annotated[str, typer.Option("--data", metavar="SOURCE", help="ade20k:PATH: images/ and annotations/ with label PNGs.")],
+    out: Out = None,
+    protocol: DenseProtocol = None,
+    set_: Set = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    workers: Workers = None,
+    save_minutes:     pictures: Pictures = 4,
+    allow_corrupt: AllowCorrupt = 0,
+    allow_partial: AllowPartial = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+) -> Any:
+    """Semantic segmentation with UperNet, or a linear head: mIoU. The same command goes on where it stopped."""
+    options = dict(locals())
+    from downstream.dense.ade20k import ADE20K
+
+    return _dense(ADE20K, **options)
+
+
+def coco(
+    checkpoint: Finished,
+    data: Annotated[str, typer.Option("--data", metavar="SOURCE", help="coco:PATH?year=2017: annotations/ and the images.")],
+    out: Out = None,
+    protocol: DenseProtocol = None,
+    set_: Set = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    workers: Workers = None,
+    save_minutes:     pictures: Pictures = 4,
+    allow_corrupt: AllowCorrupt = 0,
+    allow_partial: AllowPartial = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+) -> Any:
+    """Detection and instance segmentation with Cascade Mask R-CNN: box and mask mAP. Goes on where it stopped."""
+    options = dict(locals())
+    from downstream.dense.coco import COCO
+
+    return _dense(COCO, **options)
+
+
+def _dense(task: Any, *, set_: list[str] | None, save_minutes: float, pictures: int, device: str, **options: Any) -> Any:
+    from downstream.dense.task import run_dense
+    from downstream.evaluate import Request
+    from mte_bench import distributed
+
+    process = distributed.start(device)
+    try:
+        return run_dense(task, Request(set=tuple(set_ or ()), device=device, **options), save_minutes, pictures, process)
+    finally:
+        distributed.stop()

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from downstream.features import FeatureDtype, Features, Pass, extract
 from downstream.job import Job, Opened, Wanted
 from downstream.plan import Part, plan, show_plan
-from downstream.task import I_co, ImageProtocol, Material, P, Split, Task, WithProtocol
+from downstream.task import I_co, ImageProtocol, Material, P, Split, Task, TaskProtocol, WithProtocol
 from mte_bench import records
 from mte_bench.console import log, show_json, show_table
 from mte_bench.data.sources import SPLITS, ImageSet, Subset, parse_source, require_classes
@@ -304,7 +304,7 @@ def evaluation_transform(checkpoint: Checkpoint, protocol: ImageProtocol) -> Eva
     return EvaluationTransform.check({**transform.model_dump(), **changes}, f"protocol: {', '.join(changes)}")
 
 
-def output_folder(request: Request, task: str, name: str, protocol: ImageProtocol, checkpoint: Checkpoint) -> Path:
+def output_folder(request: Request, task: str, name: str, protocol: TaskProtocol, checkpoint: Checkpoint) -> Path:
     """``--out``, else a folder in the run folder or (of an ensemble always) under ``runs``.
 
     Settings changed by ``--set`` add their hash.
@@ -372,6 +372,6 @@ def subject_title(subject: Subject, source: str, count: int) -> str:
     return f"{name}{'' if subject.arch in name else f' ({subject.arch})'}, {count:,} images of {data}"
 
 
-def settings_of(protocol: ImageProtocol) -> dict[str, Any]:
+def settings_of(protocol: TaskProtocol) -> dict[str, Any]:
     """The settings as they go into a record."""
     return protocol.model_dump(mode="json", exclude={"task", "version"})

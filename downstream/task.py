@@ -23,20 +23,25 @@ TOP = 5
 WIDTH_OF_VIT_S = 384
 
 
-class ImageProtocol(Settings):
+class TaskProtocol(Settings):
     """Settings that every evaluation and analysis has."""
 
     task: str
     version: int
     """Raised when the same settings come to mean something else; numbers of different versions are not comparable."""
-    image_size: int | None
-    """Side of the centre crop in pixels; null takes the encoder's own."""
-    resize: int | None
-    """Shorter side before the crop; null takes 256/224 of the crop."""
 
     def for_smoke(self) -> Self:
         """The same, as short as can be."""
         return self
+
+
+class ImageProtocol(TaskProtocol):
+    """Settings of those that take a square out of each image."""
+
+    image_size: int | None
+    """Side of the centre crop in pixels; null takes the encoder's own."""
+    resize: int | None
+    """Shorter side before the crop; null takes 256/224 of the crop."""
 
 
 class FeatureProtocol(ImageProtocol):
@@ -82,7 +87,7 @@ def published_feature(encoder: Encoder) -> str:
 
 
 P = TypeVar("P", bound=FeatureProtocol)
-I_co = TypeVar("I_co", bound=ImageProtocol, covariant=True)
+I_co = TypeVar("I_co", bound=TaskProtocol, covariant=True)
 
 
 class WithProtocol(Protocol[I_co]):

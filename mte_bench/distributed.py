@@ -1,9 +1,13 @@
 """One process, or several under ``torchrun``: the same command and the same numbers up to reduction order."""
 
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 
 from mte_bench.device import Place
+
+V = TypeVar("V")
 
 
 def start(device: str) -> tuple[int, int]:
@@ -41,3 +45,12 @@ def summed(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     values = values.to(device)
     dist.all_reduce(values)
     return values
+
+
+def gathered(own: dict[int, V]) -> dict[int, V]:
+    """The entries of all processes together; each must have keys of its own."""
+    if not dist.is_initialized():
+        return own
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return {key: value for part in everyone for key, value in part.items()}

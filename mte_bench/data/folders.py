@@ -78,9 +78,11 @@ def open_coco(source: Source, split: Split) -> ImageSet:
 
 
 def open_ade20k(source: Source, split: Split) -> ImageSet:
-    """``PATH/images/{training,validation}/*``, without labels; the annotations are not needed."""
+    """``PATH/images/{training,validation}/*`` (or ``train``, ``val``), without labels; the annotations are not needed."""
     root = existing(source, Path(source.path).expanduser())
-    return _unlabelled(source, split, root, root / "images" / ("training" if split == "train" else "validation"))
+    names = ("training", "train") if split == "train" else ("validation", "val")
+    folder = next((root / "images" / name for name in names if (root / "images" / name).is_dir()), root / "images" / names[0])
+    return _unlabelled(source, split, root, folder)
 
 
 def _unlabelled(source: Source, split: Split, root: Path, folder: Path) -> ImageSet:

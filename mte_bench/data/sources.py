@@ -6,7 +6,7 @@
 | ``imagefolder:PATH``, or just ``PATH`` | ``PATH/train/<class>/*``, ``PATH/val/...`` (or ``test/``) | class, none if flat |
 | ``inat:PATH?year=2018`` | the files that ``PATH/{train,val}2018.json`` lists | category, with its taxonomy |
 | ``coco:PATH?year=2017`` | ``PATH/{train,val}2017/*`` | none |
-| ``ade20k:PATH`` | ``PATH/images/{training,validation}/*`` | none |
+| ``ade20k:PATH`` | ``PATH/images/{training,validation}/*``, or ``train``, ``val`` | none |
 | ``tar:PATTERN`` | webdataset shards: braces and globs, ``{split}`` or ``?val=PATTERN`` | the ``cls`` member |
 
 Every kind also takes ``per_class=N`` or ``images=N``: a subset of each split, balanced over the classes, always the same one,

@@ -1,0 +1,95 @@
+"""Images with their truth, augmented by OpenMMLab's transforms: the same ones whatever process makes them, and whenever."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from mte_bench.data.sources import ImageSet
+from mte_bench.errors import CorruptImage, UserError
+from mte_bench.training.batches import Key, readable
+from mte_bench.training.seeded import seeded
+
+Transform = Callable[[dict[str, Any]], Any]
+
+
+class Truth(Protocol):
+    """The images of one split and what is in them."""
+
+    images: ImageSet
+    classes: tuple[str, ...]
+    fingerprint: str
+    """Changes with any image's name or size and with the truth."""
+
+    def results(self, index: int) -> dict[str, Any]:
+        """What transforms call results, without the image: the truth of the image at ``index``."""
+
+
+class Batch(NamedTuple):
+    """One process's images of one micro-step, packed as the models want them."""
+
+    packed: list[dict[str, Any]]
+    """``inputs`` (``3 h w``, bytes, BGR) and ``data_samples`` of each image."""
+    corrupt: dict[str, str]
+    """Images that could not be read, by name, and why; others stand in their place."""
+
+
+class Augmented(Dataset[Batch | UserError]):
+    """Maps a list of (epoch, place) to a ``Batch``; an error that the user can mend is returned, not raised."""
+
+    def __init__(self, truth: Truth, transform: Transform, seed: int, allow_corrupt: int):
+        self.truth, self.transform, self.seed, self.allow_corrupt = truth, transform, seed, allow_corrupt
+
+    def __getitem__(self, keys: Sequence[Key]) -> Batch | UserError:
+        packed: list[dict[str, Any]] = []
+        corrupt: dict[str, str] = {}
+        images = self.truth.images
+        try:
+            for epoch, place in keys:
+                index, image = readable(images, place % len(images), self.allow_corrupt, corrupt)
+                with seeded((self.seed << 64) + (epoch << 32) + place):
+                    packed.append(self.transform(results_of(self.truth, index, image)))
+        except UserError as error:  # a worker would wrap it in its traceback
+            return error
+        return Batch(packed, corrupt)
+
+
+def results_of(truth: Truth, index: int, image: Image.Image) -> dict[str, Any]:
+    """What transforms start from: ``img`` (``h w 3``, bytes, BGR), its shapes, and the truth."""
+    pixels = bgr(image)
+    shapes = {"img_shape": pixels.shape[:2], "ori_shape": pixels.shape[:2], "height": pixels.shape[0], "width": pixels.shape[1]}
+    return {"img": pixels, **shapes, **truth.results(index)}
+
+
+def bgr(image: Image.Image) -> NDArray[np.uint8]:
+    """``h w 3``: the order of colours that OpenMMLab's transforms take images in."""
+    return np.ascontiguousarray(np.asarray(image)[..., ::-1])
+
+
+class Tested(Dataset[Any]):
+    """Maps a number to ``prepare`` of that image and its index; an image that cannot be read to the error."""
+
+    def __init__(self, images: ImageSet, own: Sequence[int], prepare: Callable[[Image.Image], Any]):
+        self.images, self.own, self.prepare = images, own, prepare
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def __getitem__(self, number: int) -> tuple[int, Any]:
+        index = self.own[number]
+        try:
+            return index, self.prepare(self.images.image(index))
+        except CorruptImage as error:
+            return index, error
+
+
+def tested(images: ImageSet, own: Sequence[int], prepare: Callable[[Image.Image], Any], workers: int) -> Iterator[tuple[int, Any]]:
+    """(index, prepared image or ``CorruptImage``) for the images at ``own``, in that order."""
+    return iter(DataLoader(Tested(images, own, prepare), batch_size=None, num_workers=workers, collate_fn=_as_it_is))
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
