@@ -78,7 +78,9 @@ class Backbone(BaseModule):
                 model.set_input_size(img_size=tuple(position_size))
         else:
             if len(model.layers) != len(STRIDES) or patch != STRIDES[0]:
-                raise UserError(f"{spec.arch}: {len(model.layers)} stages and patches of {patch} pixels; four stages and 4 are needed")
+                raise UserError(
+                    f"{spec.arch}: {len(model.layers)} stages and patches of {patch} pixels; four stages and 4 are needed"
+                )
             lengths = [len(stage.blocks) for stage in model.layers]
             self.taps = tuple(sum(lengths[: stage + 1]) - 1 for stage in range(len(lengths)))
             self.widths = tuple(stage.blocks[-1].dim for stage in model.layers)

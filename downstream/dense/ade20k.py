@@ -110,7 +110,9 @@ class View(NamedTuple):
     flip: bool
 
 
-def model_config(p: SegmentationProtocol, backbone: dict[str, Any], widths: tuple[int, ...], classes: int, spec: EncoderSpec) -> Any:
+def model_config(
+    p: SegmentationProtocol, backbone: dict[str, Any], widths: tuple[int, ...], classes: int, spec: EncoderSpec
+) -> Any:
     """The configuration of mmseg's ``EncoderDecoder`` on ``backbone``, whose maps have ``widths`` channels."""
     shared = {"num_classes": classes, "norm_cfg": NORM, "align_corners": False}
     cross_entropy = {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": 1.0}
@@ -175,7 +177,9 @@ class Views:
         views = []
         for ratio in t.ratios:
             scale = tuple(int(side * ratio) for side in t.scale)
-            if len(t.ratios) > 1:  # as iBOT's resize for several scales: the shorter side alone decides, and is no less than the crop
+            if (
+                len(t.ratios) > 1
+            ):  # as iBOT's resize for several scales: the shorter side alone decides, and is no less than the crop
                 short = max(min(scale), t.crop)
                 scale = tuple(short * side / min(pixels.shape[:2]) for side in pixels.shape[:2])
             resized = mmcv.imrescale(pixels, scale)
@@ -256,8 +260,4 @@ def _open(p: SegmentationProtocol, spec: str, split: Split, images: ImageSet) ->
     return Pairs(spec, p.labels, images)
 
 
-def _check(p: SegmentationProtocol, truth: Pairs) -> None:
-    truth.check()
-
-
-ADE20K = DenseTask("ade20k", "mmseg", SegmentationProtocol, "vitb", _open, _check, model_config, transforms, evaluate)
+ADE20K = DenseTask("ade20k", "mmseg", SegmentationProtocol, "vitb", _open, model_config, transforms, evaluate)

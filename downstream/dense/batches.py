@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mte_bench.data.sources import ImageSet
 from mte_bench.errors import CorruptImage, UserError
-from mte_bench.training.batches import Key, readable
+from mte_bench.training.batches import Key, StepSampler, readable
 from mte_bench.training.seeded import seeded
 
 Transform = Callable[[dict[str, Any]], Any]
@@ -23,9 +23,38 @@ class Truth(Protocol):
     classes: tuple[str, ...]
     fingerprint: str
     """Changes with any image's name or size and with the truth."""
+    upright: Sequence[bool] | None
+    """Whether each image is higher than wide, if batches are to be of one kind; None where they are cropped to one size."""
+
+    def check(self, trained: bool) -> None:
+        """Raise ``UserError`` for a mistake in the truth, naming file and entry; also what only matters if it is ``trained`` on."""
 
     def results(self, index: int) -> dict[str, Any]:
-        """What transforms call results, without the image: the truth of the image at ``index``."""
+        """What transforms call results, without the image: the truth of the image at ``index``, and ``size``, (h, w)."""
+
+
+class ShapedSteps(StepSampler):
+    """Steps whose images lie in groups of ``group`` that are all upright or all lying, so that little of a batch is padding.
+
+    As mmdet's sampler by aspect ratio: the order of the epoch is kept but for what waits until its group is full; what is
+    left at the end of it forms mixed groups.
+    """
+
+    def __init__(self, upright: Sequence[bool], group: int, *arguments: Any, **options: Any):
+        super().__init__(len(upright), *arguments, **options)
+        self.upright, self.group = upright, group
+
+    def order(self, epoch: int) -> list[int]:
+        """The places of the images in the order in which ``epoch`` takes them."""
+        grouped: list[int] = []
+        waiting: dict[bool, list[int]] = {False: [], True: []}
+        for place in super().order(epoch):
+            group = waiting[self.upright[place]]
+            group.append(place)
+            if len(group) == self.group:
+                grouped += group
+                group.clear()
+        return grouped + waiting[False] + waiting[True]
 
 
 class Batch(NamedTuple):
@@ -58,10 +87,18 @@ class Augmented(Dataset[Batch | UserError]):
 
 
 def results_of(truth: Truth, index: int, image: Image.Image) -> dict[str, Any]:
-    """What transforms start from: ``img`` (``h w 3``, bytes, BGR), its shapes, and the truth."""
-    pixels = bgr(image)
-    shapes = {"img_shape": pixels.shape[:2], "ori_shape": pixels.shape[:2], "height": pixels.shape[0], "width": pixels.shape[1]}
-    return {"img": pixels, **shapes, **truth.results(index)}
+    """What transforms start from: ``img`` (``h w 3``, bytes, BGR), its shapes, and the truth.
+
+    Raises ``UserError`` if the truth is of an image of another size.
+    """
+    pixels, results = bgr(image), truth.results(index)
+    shape, height, width = pixels.shape[:2], *results.pop("size")
+    if shape != (height, width):
+        name = truth.images.name(index)
+        raise UserError(
+            f"{name}: {shape[1]} x {shape[0]} pixels, but what is in it is given for {width} x {height}; mend one of them"
+        )
+    return {"img": pixels, "img_shape": shape, "ori_shape": shape, **results}
 
 
 def bgr(image: Image.Image) -> NDArray[np.uint8]:
@@ -86,7 +123,9 @@ class Tested(Dataset[Any]):
             return index, error
 
 
-def tested(images: ImageSet, own: Sequence[int], prepare: Callable[[Image.Image], Any], workers: int) -> Iterator[tuple[int, Any]]:
+def tested(
+    images: ImageSet, own: Sequence[int], prepare: Callable[[Image.Image], Any], workers: int
+) -> Iterator[tuple[int, Any]]:
     """(index, prepared image or ``CorruptImage``) for the images at ``own``, in that order."""
     return iter(DataLoader(Tested(images, own, prepare), batch_size=None, num_workers=workers, collate_fn=_as_it_is))
 

@@ -51,6 +51,8 @@ class Pairs:
     Raises ``UserError`` naming what is missing: a folder, the label PNG of an image, the names of the classes.
     """
 
+    upright = None
+
     def __init__(self, spec: str, settings: LabelSettings, images: ImageSet):
         source = parse_source(spec)
         if source.kind != "ade20k":
@@ -69,7 +71,8 @@ class Pairs:
 
     def results(self, index: int) -> dict[str, Any]:
         """The truth as mmseg's transforms want it."""
-        return {"gt_seg_map": self.labels(index), "seg_fields": ["gt_seg_map"]}
+        labels = self.labels(index)
+        return {"size": labels.shape, "gt_seg_map": labels, "seg_fields": ["gt_seg_map"]}
 
     def labels(self, index: int) -> Labels:
         """The truth of the image at ``index``: ``h w``, classes from 0 and ``VOID``."""
@@ -84,13 +87,15 @@ class Pairs:
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{path}: not readable as an image ({error}); mend it, or remove it with its image") from error
         if pixels.ndim != 2 or mode not in ("L", "P", "1"):
-            raise UserError(f"{path}: of mode {mode}; labels are one number of 8 bits per pixel, as grey values or a palette's indices")
+            raise UserError(
+                f"{path}: of mode {mode}; labels are one number of 8 bits per pixel, as grey values or a palette's indices"
+            )
         return pixels.astype(np.uint8)
 
-    def check(self) -> None:
+    def check(self, trained: bool) -> None:
         """Read all label files; raise ``UserError`` naming the first with a number that is no class, or of another size.
 
-        Also if no pixel of any image has a class.
+        Also if no pixel of any image has a class, whether it is ``trained`` on or not.
         """
         with ThreadPoolExecutor(_READERS) as pool:
             seen = np.zeros(VOID + 1, bool)
@@ -127,7 +132,9 @@ class Pairs:
         try:
             return self.label_path(index).stat().st_size
         except FileNotFoundError:
-            raise UserError(f"{self.label_path(index)}: no labels for {self.images.name(index)}; add them, or remove it") from None
+            raise UserError(
+                f"{self.label_path(index)}: no labels for {self.images.name(index)}; add them, or remove it"
+            ) from None
 
 
 def _names_in(root: Path) -> tuple[str, ...]:
@@ -143,4 +150,3 @@ def _names_in(root: Path) -> tuple[str, ...]:
     raise UserError(
         f"{root}: what are its classes called? Put them into {listing}, one per line, or give --set 'labels.classes=[road, sky]'"
     )
-

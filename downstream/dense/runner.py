@@ -17,7 +17,7 @@ import yaml
 from torch import nn
 
 from downstream.dense.adapter import parameter_groups
-from downstream.dense.batches import Augmented, Batch, Transform, Truth
+from downstream.dense.batches import Augmented, Batch, ShapedSteps, Transform, Truth
 from downstream.dense.protocol import DenseProtocol
 from downstream.features import Pass
 from mte_bench.console import log
@@ -123,17 +123,15 @@ class Runner:
 
     def sampler(self) -> StepSampler:
         """Which images in which of the steps that are left."""
-        p = self.protocol
+        p, upright = self.protocol, self.truth.upright
         steps = max(1, self.steps_per_epoch)
-        return StepSampler(
-            len(self.truth.images),
-            p.batch_size,
-            math.ceil(p.total_steps(steps) / steps),
-            seed=p.seed,
-            first_step=self.step,
-            process=(self.rank, self.processes),
-            accumulate=p.accumulate,
-        )
+        epochs = math.ceil(p.total_steps(steps) / steps)
+        process = (self.rank, self.processes)
+        options: dict[str, Any] = {"seed": p.seed, "first_step": self.step, "process": process, "accumulate": p.accumulate}
+        if upright is None:
+            return StepSampler(len(self.truth.images), p.batch_size, epochs, **options)
+        group = max(1, p.batch_size // (self.processes * p.accumulate))
+        return ShapedSteps(upright, group, p.batch_size, epochs, **options)
 
     def batches(self) -> Iterator[Batch]:
         """The augmented images of the steps that are left."""

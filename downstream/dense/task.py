@@ -1,6 +1,6 @@
 """What both dense tasks share: from a checkpoint, a source and a protocol to a trained model and its record.
 
-A task is a class of settings and five functions: what is read, which model and transforms there are, what is measured and
+A task is a class of settings and four functions: what is read, which model and transforms there are, what is measured and
 what a picture shows. ``run_dense`` does the rest. A CKPT that is a finished model of the task is only evaluated.
 """
 
@@ -81,8 +81,6 @@ class DenseTask(NamedTuple, Generic[D, T]):
     """The protocol that is used if none is named."""
     open: Callable[[D, str, Split, ImageSet], T]
     """The truth of the images of one split of a source."""
-    check: Callable[[D, T], None]
-    """Raises ``UserError`` for a mistake in the truth, naming file and entry: before anything is trained."""
     config: Callable[[D, dict[str, Any], tuple[int, ...], int, EncoderSpec], dict[str, Any]]
     """The model's configuration, from a backbone's, the widths of its maps and the number of classes."""
     transforms: Callable[[D], list[dict[str, Any]]]
@@ -133,13 +131,13 @@ def run_dense(
     model = _model(task, protocol, checkpoint.encoder, len(classes))
     if request.dry_run:
         for truth in splits.values():
-            task.check(protocol, truth)
+            truth.check(trained=truth is train)
         show_plan(_plan(task, name, protocol, model, train, val, checkpoint, folder, how, process), request.json)
         return None
     runner = None
     seconds = 0.0
     if finished:
-        task.check(protocol, val)
+        val.check(trained=False)
         _load(model, finished)
         model.to(how.device)
     else:
@@ -157,7 +155,7 @@ def run_dense(
         )
         if not runner.started:
             for truth in splits.values():
-                task.check(protocol, truth)
+                truth.check(trained=truth is train)
         runner.run()
         seconds = runner.seconds
         model = runner.model
@@ -193,7 +191,12 @@ def run_dense(
         files={**outcome.files, **({"model": MODEL_NAME, "curves": CURVES} if runner else {})},
         details={
             **outcome.details,
-            "trained": {"steps": runner.step, "epochs": round(runner.epoch, 3), "seconds": round(seconds, 1), "resumed": runner.resumed}
+            "trained": {
+                "steps": runner.step,
+                "epochs": round(runner.epoch, 3),
+                "seconds": round(seconds, 1),
+                "resumed": runner.resumed,
+            }
             if runner
             else {"model": str(finished.file) if finished else ""},
             "test_seconds_per_image": round(test_seconds / len(val.images), 4),
@@ -240,7 +243,9 @@ def _protocol(task: DenseTask[D, T], request: Request, finished: Finished | None
             name, values["test"] = f"{name}-tested-{other}", settings_of(asked)["test"]
         for assignment in request.set:
             if not assignment.startswith(tuple(f"{group}." for group in CHANGEABLE)):
-                raise UserError(f"--set {assignment}: the model is trained; only settings of {' and '.join(CHANGEABLE)} can change")
+                raise UserError(
+                    f"--set {assignment}: the model is trained; only settings of {' and '.join(CHANGEABLE)} can change"
+                )
         protocol = task.protocol.check(override({"task": task.name, **values}, list(request.set)), f"{finished.file}: settings")
     return name, protocol.for_smoke() if request.smoke else protocol
 

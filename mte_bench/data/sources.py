@@ -73,7 +73,7 @@ class ImageSet:
 class Subset(ImageSet):
     """The images of ``parent`` at ``indices``."""
 
-    def __init__(self, parent: ImageSet, indices: NDArray[np.int64], subset: str):
+    def __init__(self, parent: ImageSet, indices: NDArray[np.int64], subset: str | None):
         self.parent, self.indices, self.subset = parent, indices, subset
         self.source, self.split, self.classes = parent.source, parent.split, parent.classes
         self.taxonomy, self.remarks = dict(parent.taxonomy), parent.remarks

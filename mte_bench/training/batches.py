@@ -59,12 +59,16 @@ class StepSampler(Sampler[list[Key]]):
         micro = share // self.accumulate
         first_epoch, first = divmod(self.first_step, self.steps_per_epoch)
         for epoch in range(first_epoch, self.epochs):
-            order = epoch_order(self.seed, epoch, self.images, self.repeats)
+            order = self.order(epoch)
             for step in range(first, self.steps_per_epoch):
                 start = step * self.batch_size + self.rank * share
                 for part in range(start, start + share, micro):
                     yield [(epoch, place) for place in order[part : part + micro]]
             first = 0
+
+    def order(self, epoch: int) -> list[int]:
+        """The places of the images in the order in which ``epoch`` takes them."""
+        return epoch_order(self.seed, epoch, self.images, self.repeats)
 
 
 def epoch_order(seed: int, epoch: int, images: int, repeats: int = 1) -> list[int]:
