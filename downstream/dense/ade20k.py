@@ -22,11 +22,10 @@ from downstream.dense.segmentation_metrics import class_table, counts_of, segmen
 from downstream.dense.task import Context, DenseTask, Outcome
 from downstream.features import Pass
 from mte_bench import distributed
-from mte_bench.console import ProgressLine
 from mte_bench.data.sources import ImageSet, Split
 from mte_bench.device import autocast
 from mte_bench.encoders.encoder import EncoderSpec
-from mte_bench.errors import CorruptImage, UserError
+from mte_bench.errors import UserError
 from mte_bench.settings import Settings
 
 Size = tuple[PositiveInt, PositiveInt]
@@ -209,28 +208,21 @@ def segment(model: Any, views: list[View], how: Pass) -> NDArray[np.int64]:
 
 def evaluate(model: Any, p: SegmentationProtocol, val: Pairs, context: Context) -> Outcome:
     """Segment all images, write a PNG of each (numbers as in the data's own), and compare with the truth."""
-    rank, processes = context.process
+    rank = context.process[0]
     folder = context.folder / PREDICTIONS
     unfinished = context.folder / f".{PREDICTIONS}"
     if rank == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     distributed.barrier()
-    own = range(rank, len(val.images), processes)
-    counts, lost, line = {}, {}, ProgressLine()
-    for index, views in tested(val.images, own, Views(p.test), context.how.workers):
-        if isinstance(views, CorruptImage):
-            if len(lost) >= context.how.allow_corrupt:
-                raise views
-            lost[index] = val.images.name(index)
-            continue
+    counts: dict[int, NDArray[np.int64]] = {}
+    lost: dict[int, str] = {}
+    for index, views in tested(val.images, Views(p.test), context.how, context.process, lost):
         found = segment(model, views, context.how)
         counts[index] = counts_of(found, val.labels(index), len(val.classes))
         png = unfinished / val.label_path(index).relative_to(val.label_root)
         png.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(p.labels.written(found.astype(np.uint8))).save(png)
-        if rank == 0:
-            line.show(f"val: {len(counts)}/{len(own)} images  {len(counts) / line.seconds:.2f} images/s", len(counts) == len(own))
     counts, lost = distributed.gathered(counts), distributed.gathered(lost)
     if rank:
         return Outcome({}, {}, {}, [])

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from downstream.features import Pass
+from mte_bench.console import ProgressLine
 from mte_bench.data.sources import ImageSet
 from mte_bench.errors import CorruptImage, UserError
 from mte_bench.training.batches import Key, StepSampler, readable
@@ -19,15 +21,24 @@ Transform = Callable[[dict[str, Any]], Any]
 class Truth(Protocol):
     """The images of one split and what is in them."""
 
-    images: ImageSet
-    classes: tuple[str, ...]
-    fingerprint: str
-    """Changes with any image's name or size and with the truth."""
-    upright: Sequence[bool] | None
-    """Whether each image is higher than wide, if batches are to be of one kind; None where they are cropped to one size."""
+    @property
+    def images(self) -> ImageSet:
+        """Where the images come from."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Their names."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any image's name or size and with the truth."""
+
+    @property
+    def upright(self) -> Sequence[bool] | None:
+        """Whether each image is higher than wide, if batches are to be of one kind; None where all are cropped to one size."""
 
     def check(self, trained: bool) -> None:
-        """Raise ``UserError`` for a mistake in the truth, naming file and entry; also what only matters if it is ``trained`` on."""
+        """Raise ``UserError`` naming file and entry of a mistake in the truth; some only matter if it is ``trained`` on."""
 
     def results(self, index: int) -> dict[str, Any]:
         """What transforms call results, without the image: the truth of the image at ``index``, and ``size``, (h, w)."""
@@ -92,7 +103,8 @@ def results_of(truth: Truth, index: int, image: Image.Image) -> dict[str, Any]:
     Raises ``UserError`` if the truth is of an image of another size.
     """
     pixels, results = bgr(image), truth.results(index)
-    shape, height, width = pixels.shape[:2], *results.pop("size")
+    shape = pixels.shape[:2]
+    height, width = results.pop("size")
     if shape != (height, width):
         name = truth.images.name(index)
         raise UserError(
@@ -124,10 +136,25 @@ class Tested(Dataset[Any]):
 
 
 def tested(
-    images: ImageSet, own: Sequence[int], prepare: Callable[[Image.Image], Any], workers: int
+    images: ImageSet, prepare: Callable[[Image.Image], Any], how: Pass, process: tuple[int, int], lost: dict[int, str]
 ) -> Iterator[tuple[int, Any]]:
-    """(index, prepared image or ``CorruptImage``) for the images at ``own``, in that order."""
-    return iter(DataLoader(Tested(images, own, prepare), batch_size=None, num_workers=workers, collate_fn=_as_it_is))
+    """This process's share of ``images``: index and what ``prepare`` makes of the image, which must be picklable.
+
+    Images that cannot be read are entered into ``lost``; raises ``CorruptImage`` for one more than ``how`` allows. Progress
+    is shown by the first process.
+    """
+    rank, processes = process
+    own, line = range(rank, len(images), processes), ProgressLine()
+    loader = DataLoader(Tested(images, own, prepare), batch_size=None, num_workers=how.workers, collate_fn=_as_it_is)
+    for done, (index, prepared) in enumerate(loader, 1):
+        if isinstance(prepared, CorruptImage):
+            if len(lost) >= how.allow_corrupt:
+                raise prepared
+            lost[index] = images.name(index)
+        else:
+            yield index, prepared
+        if rank == 0:
+            line.show(f"val: {done}/{len(own)} images  {done / line.seconds:.2f} images/s", last=done == len(own))
 
 
 def _as_it_is(value: Any) -> Any:

@@ -19,11 +19,11 @@ from downstream.dense.pictures import Detected, draw_detections
 from downstream.dense.task import Context, DenseTask, Outcome
 from downstream.features import Pass
 from mte_bench import distributed
-from mte_bench.console import ProgressLine
 from mte_bench.data.sources import ImageSet, Split
 from mte_bench.device import autocast
-from mte_bench.errors import CorruptImage, UserError
+from mte_bench.errors import UserError
 from mte_bench.files import write_text
+from mte_bench.records import Metric
 
 SHOWN_SCORE = 0.3
 """Detections in pictures have at least this score."""
@@ -57,7 +57,7 @@ class Resize:
 
 
 def detect(model: Any, view: View, how: Pass) -> dict[str, Any]:
-    """What is in an image: ``boxes`` (``k 4``: x1, y1, x2, y2 in its own pixels), ``scores``, ``labels``, ``masks`` (``k h w``)."""
+    """What is in an image: ``boxes`` (``k 4``: x1, y1, x2, y2, its own pixels), ``scores``, ``labels``, ``masks`` (``k h w``)."""
     from mmdet.structures import DetDataSample
 
     shape = tuple(view.pixels.shape[1:])
@@ -71,29 +71,19 @@ def detect(model: Any, view: View, how: Pass) -> dict[str, Any]:
 
 def evaluate(model: Any, p: DetectionProtocol, val: Instances, context: Context) -> Outcome:
     """Detect in all images, write what is found in COCO's result format, and compare with the truth."""
-    rank, processes = context.process
-    own = range(rank, len(val.images), processes)
     entries: dict[int, list[dict[str, Any]]] = {}
     lost: dict[int, str] = {}
-    line = ProgressLine()
-    for index, view in tested(val.images, own, Resize(p.test), context.how.workers):
-        if isinstance(view, CorruptImage):
-            if len(lost) >= context.how.allow_corrupt:
-                raise view
-            lost[index] = val.images.name(index)
-            continue
+    for index, view in tested(val.images, Resize(p.test), context.how, context.process, lost):
         entries[index] = result_entries(val, index, **detect(model, view, context.how))
-        if rank == 0:
-            done = len(entries) + len(lost)
-            line.show(f"val: {done}/{len(own)} images  {done / line.seconds:.2f} images/s", last=done == len(own))
     entries, lost = distributed.gathered(entries), distributed.gathered(lost)
-    if rank:
+    if context.process[0]:
         return Outcome({}, {}, {}, [])
     if not entries:
         raise UserError(f"{val.images.source}: none of the {len(val.images)} val images can be read")
     indices = sorted(entries)
     everything = [entry for index in indices for entry in entries[index]]
-    files, metrics = {}, {}
+    files: dict[str, str] = {}
+    metrics: dict[str, Metric] = {}
     details: dict[str, Any] = {"detections": len(everything), "without_truth": [], "per_class": {}}
     for kind in KINDS:
         unused = "segmentation" if kind == "bbox" else "bbox"  # with its box, a mask would count as large as that

@@ -73,7 +73,7 @@ class Instances:
         return self.sizes[index][2]
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
-        """COCO's entries for the image at ``index``, each with ``id``, ``bbox``, ``category_id``, ``area``, ``iscrowd`` and mask."""
+        """COCO's entries for the image at ``index``: id, bbox, category_id, area, iscrowd and segmentation."""
         found: list[dict[str, Any]] = json.loads(self._annotations[index])
         return found
 
@@ -108,7 +108,7 @@ class Instances:
         if trained and self.images.subset is None and (empty := [c for c in self.category_ids if c not in seen]):
             name = self.classes[self.category_ids.index(empty[0])]
             raise UserError(
-                f"{self.file}: category {empty[0]} ({name}) has no image to be learnt from, and {len(empty) - 1} more; unlist them"
+                f"{self.file}: category {empty[0]} ({name}) has no image to learn from, and {len(empty) - 1} more; unlist them"
             )
 
     def _mistake(self, annotation: dict[str, Any], what: str) -> UserError:

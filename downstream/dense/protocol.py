@@ -67,7 +67,7 @@ class DenseProtocol(TaskProtocol):
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """How many steps are trained."""
-        return self.steps if self.epochs is None else self.epochs * steps_per_epoch
+        return self.steps or (self.epochs or 0) * steps_per_epoch
 
     def rate(self, step: int, steps_per_epoch: int) -> float:
         """What ``lr`` is multiplied with at ``step`` (from 0); as mmcv's step, poly and linear warm-up hooks."""

@@ -29,7 +29,7 @@ from downstream.features import Pass
 from downstream.plan import show_plan
 from mte_bench import distributed, records
 from mte_bench.console import log
-from mte_bench.data.sources import ImageSet, Split, open_source, take
+from mte_bench.data.sources import SPLITS, ImageSet, Split, open_source, take
 from mte_bench.device import peak_memory
 from mte_bench.encoders.checkpoint import Checkpoint, open_checkpoint
 from mte_bench.encoders.encoder import Encoder, EncoderSpec, fresh_encoder
@@ -111,9 +111,8 @@ def run_dense(
     finished = find_finished(request.checkpoint, task.name)
     name, protocol = _protocol(task, request, finished)
     how = pass_of(request)
-    splits: dict[Split, T] = {}
-    for split in ("val",) if finished else ("train", "val"):
-        splits[split] = task.open(protocol, request.data, split, _images(request, split))
+    wanted: tuple[Split, ...] = ("val",) if finished else SPLITS
+    splits = {split: task.open(protocol, request.data, split, _images(request, split)) for split in wanted}
     train, val = splits.get("train"), splits["val"]
     checkpoint = _encoder(request, finished)
     folder = output_folder(request, task.name, name, protocol, checkpoint)

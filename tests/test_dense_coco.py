@@ -1,0 +1,265 @@
+"""Cascade Mask R-CNN on small scenes: COCO's numbers from its JSON, going on after a stop, and mistakes in the data."""
+
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from downstream.dense.batches import ShapedSteps
+from downstream.dense.detection_metrics import NAMES, detection_metrics
+from downstream.dense.instances import Instances
+from downstream.dense.pictures import decoded_mask
+from downstream.dense.runner import Runner
+from mte_bench import cli
+from mte_bench.data.scenes_formats import write_scenes
+from mte_bench.data.sources import open_source
+from mte_bench.errors import UserError
+from mte_bench.records import Record
+from tests.tiny import Killed
+
+ENCODER = "random:vit_tiny_patch16_224?image_size=64&depth=4&embed_dim=48"
+SMALL = [
+    "joining.taps=[0,1,2,3]", "pyramid=16", "heads.channels=16", "heads.hidden=32", "heads.samples=16", "rpn.train_proposals=20",
+    "rpn.test_proposals=20", "batch_size=4", "epochs=1", "optimiser.milestones=[]", "optimiser.warmup=1", "test.score=0",
+    "augmentation.shorts=[64]", "augmentation.crop_shorts=[64,80]", "augmentation.crop=[48,64]", "test.scale=[128,64]",
+]  # fmt: skip
+
+
+def words(data: Path, out: Path, *changes: str, encoder: str = ENCODER) -> list[str]:
+    sets = [word for change in (*SMALL, *changes) for word in ("--set", change)]
+    line = ["coco", encoder, "--data", f"coco:{data}", "--out", str(out), "--protocol", "tiny", "--workers", "0"]
+    return [*line, "--pictures", "2", *sets]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_scenes(tmp_path_factory.mktemp("data") / "coco", "coco", train=8, val=3, size=64)
+    for split in ("train", "val"):
+        change(folder, split, two_classes)
+    return folder
+
+
+def two_classes(content: dict[str, Any]) -> None:
+    """Of ten, so that each is in one of the eight images."""
+    content["categories"] = content["categories"][:2]
+    for entry in content["annotations"]:
+        entry["category_id"] = 1 + entry["category_id"] % 2
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record]:
+    out = tmp_path_factory.mktemp("run")
+    return out, cli.run(words(data, out))
+
+
+def change(folder: Path, split: str, how: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "annotations" / f"instances_{split}2017.json"
+    content = json.loads(path.read_text())
+    how(content)
+    path.write_text(json.dumps(content))
+
+
+def numbers_of(truth: Path, results: Path, kind: str) -> list[float]:
+    """COCO's twelve numbers from the two files, as its own tools print them."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        real = COCO(str(truth))
+        evaluation = COCOeval(real, real.loadRes(str(results)), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return [float(value) for value in evaluation.stats]
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_the_record_says_what_coco_says_of_its_json(run: tuple[Path, Record], data: Path, kind: str) -> None:
+    out, record = run
+    results = out / record.files[f"predictions_{kind}"]
+    expected = numbers_of(data / "annotations" / "instances_val2017.json", results, kind)
+    assert json.loads(results.read_text())
+    for name, value in zip(NAMES, expected, strict=True):
+        if value < 0:
+            assert f"{kind}_{name}" in record.details["without_truth"]
+        else:
+            assert record.metrics[f"{kind}_{name}"].value == pytest.approx(100 * value, abs=1e-6), name
+    assert len([name for name in record.metrics if name.startswith(kind)]) == sum(value >= 0 for value in expected)
+
+
+def test_one_folder_holds_everything(run: tuple[Path, Record]) -> None:
+    out, record = run
+    assert {path.name for path in out.iterdir()} == {
+        "curves.jsonl", "detections.png", "model.safetensors", "predictions.bbox.json", "predictions.segm.json", "protocol.yaml",
+        "record.json", "tensorboard", "training.pt",
+    }  # fmt: skip
+    assert record.data.images == {"train": 8, "val": 3}
+    assert (record.details["trained"]["steps"], record.data.classes) == (2, 2)
+    assert Image.open(out / record.files["picture"]).size[0] > 500
+
+
+def test_after_a_kill_it_goes_on_and_ends_the_same(
+    run: tuple[Path, Record], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Runner._save
+
+    def die(runner: Runner) -> None:
+        save(runner)
+        raise Killed
+
+    monkeypatch.setattr(Runner, "_save", die)
+    with pytest.raises(Killed):
+        cli.run([*words(data, tmp_path), "--save-minutes", "0"])
+    monkeypatch.setattr(Runner, "_save", save)
+    record = cli.run(words(data, tmp_path))
+    assert record.details["trained"]["resumed"] == 1
+    assert record.metrics == run[1].metrics
+    assert (tmp_path / "model.safetensors").read_bytes() == (run[0] / "model.safetensors").read_bytes()
+
+
+def test_a_finished_detector_is_tested_without_training(
+    run: tuple[Path, Record], data: Path, tmp_path: Path, error_line: Callable[..., str]
+) -> None:
+    line = ["coco", str(run[0]), "--data", f"coco:{data}", "--out", str(tmp_path), "--workers", "0", "--pictures", "0"]
+    record = cli.run(line)
+    assert record.metrics == run[1].metrics
+    assert "steps" not in record.details["trained"]
+    assert "only settings of test" in error_line(*line, "--set", "heads.hidden=64")
+    assert "mte-bench coco" in error_line("ade20k", *line[1:])
+
+
+def test_a_swin_can_be_the_encoder(data: Path, tmp_path: Path, error_line: Callable[..., str]) -> None:
+    swin = "random:swin_tiny_patch4_window7_224?image_size=64&embed_dim=24&depths=[1,1,1,1]&num_heads=[1,2,2,2]"
+    line = words(data, tmp_path, encoder=swin)
+    assert "optimiser.layer_decay=1" in error_line(*line)
+    record = cli.run([*line, "--set", "optimiser.layer_decay=1"])
+    assert record.subject.arch == "swin_tiny_patch4_window7_224"
+
+
+# --- the numbers ----------------------------------------------------------------------------------------------------
+
+
+def detections(truth: Instances, kind: str, shift: float = 0.0) -> list[dict[str, Any]]:
+    """The truth as detections, all surely found, moved to the right."""
+    found = []
+    for index in range(len(truth.images)):
+        for number, entry in enumerate(truth.annotations(index)):
+            x, y, w, h = entry["bbox"]
+            what = {"bbox": [x + shift * w, y, w, h]} if kind == "bbox" else {"segmentation": compressed(entry["segmentation"])}
+            image = {"image_id": truth.image_id(index), "category_id": entry["category_id"]}
+            found.append({**image, **what, "score": 1 - 0.001 * number})
+    return found
+
+
+def compressed(mask: dict[str, Any]) -> dict[str, Any]:
+    from pycocotools import mask as rle
+
+    packed = rle.frPyObjects(mask, *mask["size"])
+    return {"size": packed["size"], "counts": packed["counts"].decode()}
+
+
+def test_what_is_found_exactly_has_100_percent_and_what_is_not_found_0(data: Path) -> None:
+    truth = Instances(f"coco:{data}", "val", open_source(f"coco:{data}", "val"))
+    everything = list(range(len(truth.images)))
+    for kind in ("bbox", "segm"):
+        found = detection_metrics(truth, everything, detections(truth, kind), kind)  # type: ignore[arg-type]
+        assert found.metrics[f"{kind}_mAP"].value == pytest.approx(100)
+        nothing = detection_metrics(truth, everything, [], kind)  # type: ignore[arg-type]
+        assert {metric.value for metric in nothing.metrics.values()} == {0.0}
+        assert found.metrics.keys() == nothing.metrics.keys()
+
+
+def test_a_box_moved_by_a_fifth_is_found_at_the_iou_it_has(data: Path) -> None:
+    truth = Instances(f"coco:{data}", "val", open_source(f"coco:{data}", "val"))
+    found = detection_metrics(truth, list(range(3)), detections(truth, "bbox", 0.2), "bbox").metrics
+    assert found["bbox_mAP"].value == pytest.approx(40)  # 0.8 / 1.2 = 0.667: IoU .50, .55, .60 and .65 of ten
+    assert (found["bbox_mAP_50"].value, found["bbox_mAP_75"].value) == pytest.approx((100, 0))
+
+
+def test_masks_in_all_of_cocos_formats_are_the_same() -> None:
+    polygon = [[2.0, 1.0, 6.0, 1.0, 6.0, 4.0, 2.0, 4.0]]
+    from_polygon = decoded_mask(polygon, 6, 8)
+    flat = from_polygon.ravel(order="F")
+    runs = np.diff(np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1], [True]]))).tolist()
+    assert np.array_equal(decoded_mask({"counts": runs, "size": [6, 8]}, 6, 8), from_polygon)
+    assert np.array_equal(decoded_mask(compressed({"counts": runs, "size": [6, 8]}), 6, 8), from_polygon)
+    assert from_polygon.sum() == 12
+
+
+# --- the data -------------------------------------------------------------------------------------------------------
+
+
+def test_images_of_a_batch_are_all_upright_or_all_lying_but_for_the_rest() -> None:
+    upright = [index % 3 == 0 for index in range(40)]
+    steps = ShapedSteps(upright, 4, 8, 2, seed=5)
+    for epoch in (0, 1):
+        order = steps.order(epoch)
+        assert sorted(order) == list(range(40))
+        groups = [{upright[place] for place in order[start : start + 4]} for start in range(0, 40, 4)]
+        assert sum(len(kinds) > 1 for kinds in groups) <= 1
+    assert steps.order(0) != steps.order(1)
+    assert [[key[1] for key in step] for step in steps][:5] == np.reshape(steps.order(0), (5, 8)).tolist()
+
+
+def test_images_without_annotations_are_tested_but_not_trained_on(data: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(data, tmp_path / "some"))
+    for split in ("train", "val"):
+        first = json.loads((root / "annotations" / f"instances_{split}2017.json").read_text())["images"][0]["id"]
+        change(root, split, lambda c, first=first: c.update(annotations=[a for a in c["annotations"] if a["image_id"] != first]))
+    opened = {split: Instances(f"coco:{root}", split, open_source(f"coco:{root}", split)) for split in ("train", "val")}  # type: ignore[arg-type]
+    assert {split: len(truth.images) for split, truth in opened.items()} == {"train": 7, "val": 3}
+    with pytest.raises(UserError, match="no image of train"):
+        Instances(f"coco:{root}", "train", open_source(f"coco:{root}", "train"), least_side=65)
+
+
+@pytest.mark.parametrize(("mistake", "said"), [
+    ("image", ("instances_train2017.json", "lists 1 images that are not there", ".jpg")),
+    ("box", ("instances_train2017.json", "annotation 3", "outside its image")),
+    ("category", ("instances_val2017.json", "category 99", "not listed")),
+    ("empty", ("instances_train2017.json", "category 7 (nothing)", "no image")),
+    ("mask", ("instances_train2017.json", "annotation 1", "no mask")),
+    ("format", ("instances_train2017.json", "not in COCO's format", "bbox")),
+])  # fmt: skip
+def test_mistakes_in_the_data_are_named_before_training(
+    data: Path, tmp_path: Path, error_line: Callable[..., str], mistake: str, said: tuple[str, ...]
+) -> None:
+    root = Path(shutil.copytree(data, tmp_path / "broken"))
+    if mistake == "image":
+        next((root / "train2017").glob("*.jpg")).unlink()
+    elif mistake == "box":
+        change(root, "train", lambda content: content["annotations"][2].update(bbox=[60, 10, 40, 10]))
+    elif mistake == "category":
+        change(root, "val", lambda content: content["annotations"][0].update(category_id=99))
+    elif mistake == "empty":
+        for split in ("train", "val"):
+            change(root, split, lambda content: content["categories"].append({"id": 7, "name": "nothing"}))
+    elif mistake == "mask":
+        change(root, "train", lambda content: content["annotations"][0].pop("segmentation"))
+    else:
+        change(root, "train", lambda content: content["annotations"][0].pop("bbox"))
+    line = error_line(*words(root, tmp_path / "out"))
+    assert all(word in line for word in said), line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_eight_images_can_be_learnt_by_heart(data: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(data, tmp_path / "same"))
+    shutil.rmtree(root / "val2017")
+    shutil.copytree(root / "train2017", root / "val2017")
+    shutil.copy(root / "annotations" / "instances_train2017.json", root / "annotations" / "instances_val2017.json")
+    changes = [
+        "epochs=400", "batch_size=8", "optimiser.lr=2e-3", "optimiser.layer_decay=1.0", "optimiser.milestones=[320]",
+        "optimiser.warmup=20", "joining.drop_path=0", "pyramid=32", "heads.channels=32", "heads.hidden=64", "heads.samples=32",
+        "rpn.train_proposals=100", "rpn.test_proposals=100", "augmentation.crop_shorts=[64]", "augmentation.crop=[64,128]",
+        "test.score=0.05",
+    ]  # fmt: skip
+    record = cli.run(words(root, tmp_path / "out", *changes))
+    assert record.metrics["bbox_mAP_50"].value > 90
+    assert record.metrics["segm_mAP_50"].value > 90
