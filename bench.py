@@ -18,6 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 UV_FOLDER = HERE / ".uv"
 UV_NEEDED = (0, 5)
+DENSE = ("coco", "ade20k")  # verbs that need OpenMMLab
 
 
 def main(words: list) -> None:
@@ -32,7 +33,7 @@ def main(words: list) -> None:
         os.chdir(HERE)
         command += ["--extra", "dev", "pytest", "-n", "auto", "--maxprocesses", "4", *words[1:]]
     else:
-        command += ["mte-bench", *words]
+        command += [*(["--extra", "dense"] if words[0] in DENSE else []), "mte-bench", *words]
     os.execve(command[0], command, environment)
 
 

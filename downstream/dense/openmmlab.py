@@ -28,7 +28,9 @@ def require(package: Package) -> None:
     """Import ``package`` (7 to 13 s the first time) with what it registers; raises ``UserError`` if the extra is missing."""
     missing = [name for name in (*_NEEDED, package) if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"the dense tasks need {', '.join(missing)}: install the extra, `uv sync --extra dense`")
+        raise UserError(
+            f"the dense tasks need {', '.join(missing)}: install the extra, `uv sync --extra dense`, or let `python3 bench.py` do it"
+        )
     with quiet():
         from downstream.dense.operators import stand_in
 

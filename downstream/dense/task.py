@@ -117,7 +117,7 @@ def run_dense(
     checkpoint = _encoder(request, finished)
     folder = output_folder(request, task.name, name, protocol, checkpoint)
     fingerprint = hash_of([truth.fingerprint for truth in splits.values()])
-    refuse_clash(folder, checkpoint.subject, request.data, fingerprint)
+    refuse_clash(folder, checkpoint.subject, val.images.source, fingerprint)
     classes = tuple(finished.read("classes")) if finished else val.classes
     for truth in splits.values():
         if truth.classes != classes:
@@ -173,7 +173,7 @@ def run_dense(
         protocol=records.Protocol(name=name, version=protocol.version, settings=settings_of(protocol)),
         subject=checkpoint.subject,
         data=Data(
-            source=request.data,
+            source=val.images.source,
             split="val",
             images={split: len(truth.images) for split, truth in splits.items()},
             classes=len(classes),
