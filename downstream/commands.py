@@ -199,7 +199,9 @@ def _tuning(*, set_: list[str] | None, save_minutes: float, **options: Any) -> t
     return Request(set=tuple(set_ or ()), **options), save_minutes
 
 
-Finished = Annotated[str, typer.Argument(metavar="CKPT", help="As above, or the folder of a finished run: it is then only tested.")]
+Finished = Annotated[
+    str, typer.Argument(metavar="CKPT", help="An encoder, or the folder of a finished run, which is only tested.")
+]
 Pictures = Annotated[int, typer.Option(min=0, help="Images in the picture.")]
 DenseProtocol = Annotated[str | None, typer.Option(help="Name of a protocol (mte-bench list protocols) or a YAML file [vitb].")]
 
@@ -213,7 +215,8 @@ def ade20k(
     device: Device = "auto",
     precision: Precision = "auto",
     workers: Workers = None,
-    save_minutes:     pictures: Pictures = 4,
+    save_minutes: SaveMinutes = 10.0,
+    pictures: Pictures = 4,
     allow_corrupt: AllowCorrupt = 0,
     allow_partial: AllowPartial = False,
     json: Json = False,
@@ -236,7 +239,8 @@ def coco(
     device: Device = "auto",
     precision: Precision = "auto",
     workers: Workers = None,
-    save_minutes:     pictures: Pictures = 4,
+    save_minutes: SaveMinutes = 10.0,
+    pictures: Pictures = 4,
     allow_corrupt: AllowCorrupt = 0,
     allow_partial: AllowPartial = False,
     json: Json = False,
@@ -250,13 +254,8 @@ def coco(
     return _dense(COCO, **options)
 
 
-def _dense(task: Any, *, set_: list[str] | None, save_minutes: float, pictures: int, device: str, **options: Any) -> Any:
+def _dense(task: Any, *, set_: list[str] | None, protocol: str | None, save_minutes: float, pictures: int, **options: Any) -> Any:
     from downstream.dense.task import run_dense
     from downstream.evaluate import Request
-    from mte_bench import distributed
 
-    process = distributed.start(device)
-    try:
-        return run_dense(task, Request(set=tuple(set_ or ()), device=device, **options), save_minutes, pictures, process)
-    finally:
-        distributed.stop()
+    return run_dense(task, Request(set=tuple(set_ or ()), protocol=protocol or "", **options), save_minutes, pictures)

@@ -255,7 +255,7 @@ def test_eight_images_can_be_learnt_by_heart(data: Path, tmp_path: Path) -> None
     shutil.copytree(root / "train2017", root / "val2017")
     shutil.copy(root / "annotations" / "instances_train2017.json", root / "annotations" / "instances_val2017.json")
     changes = [
-        "epochs=400", "batch_size=8", "optimiser.lr=2e-3", "optimiser.layer_decay=1.0", "optimiser.milestones=[320]",
+        "epochs=300", "batch_size=8", "optimiser.lr=2e-3", "optimiser.layer_decay=1.0", "optimiser.milestones=[250]",
         "optimiser.warmup=20", "joining.drop_path=0", "pyramid=32", "heads.channels=32", "heads.hidden=64", "heads.samples=32",
         "rpn.train_proposals=100", "rpn.test_proposals=100", "augmentation.crop_shorts=[64]", "augmentation.crop=[64,128]",
         "test.score=0.05",

@@ -252,4 +252,4 @@ def _open(p: SegmentationProtocol, spec: str, split: Split, images: ImageSet) ->
     return Pairs(spec, p.labels, images)
 
 
-ADE20K = DenseTask("ade20k", "mmseg", SegmentationProtocol, "vitb", _open, model_config, transforms, evaluate)
+ADE20K = DenseTask("ade20k", "mmseg", SegmentationProtocol, "ade20k-vitb", _open, model_config, transforms, evaluate)

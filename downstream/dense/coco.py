@@ -115,4 +115,4 @@ def _open(p: DetectionProtocol, spec: str, split: Split, images: ImageSet) -> In
     return Instances(spec, split, images, p.least_side)
 
 
-COCO = DenseTask("coco", "mmdet", DetectionProtocol, "vitb", _open, model_config, transforms, evaluate)
+COCO = DenseTask("coco", "mmdet", DetectionProtocol, "coco-vitb", _open, model_config, transforms, evaluate)

@@ -29,7 +29,7 @@ def require(package: Package) -> None:
     missing = [name for name in (*_NEEDED, package) if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"the dense tasks need {', '.join(missing)}: install the extra, `uv sync --extra dense`, or let `python3 bench.py` do it"
+            f"the dense tasks need {', '.join(missing)}: install the extra by `uv sync --extra dense` or `python3 bench.py`"
         )
     with quiet():
         from downstream.dense.operators import stand_in

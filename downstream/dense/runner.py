@@ -85,6 +85,16 @@ class Runner:
         """Whether an earlier run left its state in the folder."""
         return (self.out / state.NAME).exists()
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """How it went, for the record."""
+        return {
+            "steps": self.step,
+            "epochs": round(self.epoch, 3),
+            "seconds": round(self.seconds, 1),
+            "resumed": self.resumed,
+        }
+
     def run(self) -> bool:
         """Train to the end, going on where an earlier run in this folder stopped; returns whether anything was left to do."""
         if self.restore():

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -21,17 +21,19 @@ from downstream.evaluate import (
     load_protocol,
     output_folder,
     pass_of,
+    precision_name,
     refuse_clash,
     settings_of,
     show_result,
 )
 from downstream.features import Pass
+from downstream.job import Job, Opened
 from downstream.plan import show_plan
 from mte_bench import distributed, records
 from mte_bench.console import log
-from mte_bench.data.sources import SPLITS, ImageSet, Split, open_source, take
+from mte_bench.data.sources import SPLITS, ImageSet, Split
 from mte_bench.device import peak_memory
-from mte_bench.encoders.checkpoint import Checkpoint, open_checkpoint
+from mte_bench.encoders.checkpoint import Checkpoint
 from mte_bench.encoders.encoder import Encoder, EncoderSpec, fresh_encoder
 from mte_bench.encoders.weight_files import read_metadata, read_safetensors, write_safetensors
 from mte_bench.errors import UserError
@@ -40,9 +42,12 @@ from mte_bench.records import Cost, Data, Metric, Record, Subject, make_record
 from mte_bench.settings import override
 from mte_bench.training.live import CURVES
 
+if TYPE_CHECKING:
+    from downstream.dense.runner import Runner
+
 MODEL_NAME = "model.safetensors"
 MODEL_FORMAT = "mte-bench-dense/1"
-SMOKE_IMAGES = {"train": 4, "val": 2}
+SMOKE_IMAGES: dict[Split, int] = {"train": 4, "val": 2}
 CHANGEABLE = ("test", "labels")
 """Groups of settings that may be changed where a finished model is only evaluated."""
 
@@ -86,6 +91,15 @@ class DenseTask(NamedTuple, Generic[D, T]):
     transforms: Callable[[D], list[dict[str, Any]]]
     evaluate: Callable[[Any, D, T, Context], Outcome]
 
+    @property
+    def verb(self) -> str:
+        """Its command."""
+        return self.name
+
+    def job(self, request: Request, opened: Opened) -> Job:
+        """What ``request`` asks for, ready to be done by this process."""
+        return prepare(self, request, opened)
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -99,119 +113,148 @@ class Finished:
         return json.loads(self.metadata[key])
 
 
-def run_dense(
-    task: DenseTask[D, T], request: Request, save_minutes: float, shown: int, process: tuple[int, int] = (0, 1)
-) -> Record | None:
+def run_dense(task: DenseTask[D, T], request: Request, save_minutes: float, shown: int) -> Record | None:
     """Train and evaluate as ``request`` asks, or only evaluate a finished model; returns the record, None for a dry run.
 
-    ``shown`` images go into the picture. Of several processes the first returns the record and the others None. Raises
-    ``UserError`` for everything that the user can mend.
+    ``shown`` images go into the picture. Processes under ``torchrun`` train and evaluate together; the first returns the record
+    and shows it, the others return None. Raises ``UserError`` for everything that the user can mend.
     """
-    began = time.monotonic()
+    process = distributed.start(request.device)
+    try:
+        job = prepare(task, request, Opened(), save_minutes, shown, process)
+        if request.dry_run:
+            if process[0] == 0:
+                show_plan(job.plan(), request.json)
+            return None
+        record = job.run()
+    finally:
+        distributed.stop()
+    if record is not None:
+        show_result(record, request.json)
+        for key in ("picture", "predictions"):
+            if key in record.files:
+                log(f"{key}: {job.folder / record.files[key]}")
+        log(f"record: {job.folder / records.RECORD_NAME}")
+    return record
+
+
+def prepare(
+    task: DenseTask[D, T],
+    request: Request,
+    opened: Opened,
+    save_minutes: float = 10.0,
+    shown: int = 4,
+    process: tuple[int, int] = (0, 1),
+) -> Job:
+    """What ``request`` asks of ``task``, ready to be done. Raises ``UserError`` as ``run_dense`` does; writes nothing."""
+    if request.others:
+        raise UserError(f"{task.name} trains one encoder, not {1 + len(request.others)} together; leave the others out")
     finished = find_finished(request.checkpoint, task.name)
     name, protocol = _protocol(task, request, finished)
     how = pass_of(request)
     wanted: tuple[Split, ...] = ("val",) if finished else SPLITS
-    splits = {split: task.open(protocol, request.data, split, _images(request, split)) for split in wanted}
+    at_most = SMOKE_IMAGES if request.smoke else {}
+    images = {split: opened.split(request.data, split, at_most.get(split)) for split in wanted}
+    splits = {split: task.open(protocol, request.data, split, images[split]) for split in wanted}
     train, val = splits.get("train"), splits["val"]
-    checkpoint = _encoder(request, finished)
+    checkpoint = _encoder(request, opened, finished)
     folder = output_folder(request, task.name, name, protocol, checkpoint)
+    stated = records.Protocol(name=name, version=protocol.version, settings=settings_of(protocol))
     fingerprint = hash_of([truth.fingerprint for truth in splits.values()])
-    refuse_clash(folder, checkpoint.subject, val.images.source, fingerprint)
     classes = tuple(finished.read("classes")) if finished else val.classes
     for truth in splits.values():
         if truth.classes != classes:
             strange = sorted(set(truth.classes) ^ set(classes)) or ["their order"]
             raise UserError(f"{request.data}: {truth.images.split} has other classes than trained on ({', '.join(strange[:3])})")
-
     openmmlab.require(task.package)
-    from downstream.dense.runner import Runner
 
-    model = _model(task, protocol, checkpoint.encoder, len(classes))
-    if request.dry_run:
-        for truth in splits.values():
-            truth.check(trained=truth is train)
-        show_plan(_plan(task, name, protocol, model, train, val, checkpoint, folder, how, process), request.json)
-        return None
-    runner = None
-    seconds = 0.0
-    if finished:
-        val.check(trained=False)
-        _load(model, finished)
-        model.to(how.device)
-    else:
+    def model() -> Any:
+        return _model(task, protocol, checkpoint.encoder, len(classes))
+
+    def runner() -> "Runner":
+        from downstream.dense.runner import Runner
+
         assert train is not None
         identity = {
-            "protocol": settings_of(protocol),
-            "sha256": checkpoint.sha256,
+            "task": task.name,
+            "protocol": stated.settings,
+            "encoder": checkpoint.sha256,
             "data": fingerprint,
-            "precision": str(how.precision).removeprefix("torch."),
+            "precision": precision_name(how),
             "processes": process[1],
         }
         transform = openmmlab.build_transforms(task.package, task.transforms(protocol))
-        runner = Runner(
-            protocol, model, train, transform, folder, how=how, identity=identity, save_minutes=save_minutes, process=process
+        return Runner(
+            protocol, model(), train, transform, folder, how=how, identity=identity, save_minutes=save_minutes, process=process
         )
-        if not runner.started:
-            for truth in splits.values():
-                truth.check(trained=truth is train)
-        runner.run()
-        seconds = runner.seconds
-        model = runner.model
-        if process[0] == 0:
-            _save(folder / MODEL_NAME, model, task.name, name, protocol, checkpoint, classes)
-    distributed.barrier()
 
-    test_began = time.monotonic()
-    model.eval()
-    outcome = task.evaluate(model, protocol, val, Context(folder, how, process, shown))
-    test_seconds = time.monotonic() - test_began
-    if process[0]:
-        return None
-    record = make_record(
-        task=task.name,
-        protocol=records.Protocol(name=name, version=protocol.version, settings=settings_of(protocol)),
-        subject=checkpoint.subject,
-        data=Data(
-            source=val.images.source,
-            split="val",
-            images={split: len(truth.images) for split, truth in splits.items()},
-            classes=len(classes),
-            fingerprint=fingerprint,
-            subset=val.images.subset,
-            corrupt=sorted({*(runner.corrupt if runner else ()), *outcome.corrupt}),
-        ),
-        metrics=outcome.metrics,
-        cost=Cost(
-            seconds=round(seconds + test_seconds if runner else time.monotonic() - began, 3),
-            images_per_second=round(len(val.images) / test_seconds, 2),
-            peak_memory_bytes=peak_memory(how.device),
-        ),
-        files={**outcome.files, **({"model": MODEL_NAME, "curves": CURVES} if runner else {})},
-        details={
-            **outcome.details,
-            "trained": {
-                "steps": runner.step,
-                "epochs": round(runner.epoch, 3),
-                "seconds": round(seconds, 1),
-                "resumed": runner.resumed,
-            }
-            if runner
-            else {"model": str(finished.file) if finished else ""},
-            "test_seconds_per_image": round(test_seconds / len(val.images), 4),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "processes": process[1],
-            "precision": str(how.precision).removeprefix("torch."),
-            "versions": openmmlab.versions(task.package),
-        },
-    )
-    path = records.write_record(folder, record)
-    show_result(record, request.json)
-    for key in ("picture", "predictions"):
-        if key in outcome.files:
-            log(f"{key}: {folder / outcome.files[key]}")
-    log(f"record: {path}")
-    return record
+    def check() -> None:
+        for truth in splits.values():
+            truth.check(trained=truth is train)
+
+    def planned() -> dict[str, Any]:
+        check()
+        resolved = {"task": task.name, "protocol": name, "settings": stated.settings, "out": str(folder)}
+        resolved["encoder"] = f"{checkpoint.subject.checkpoint} ({checkpoint.encoder.spec.arch})"
+        resolved |= {"images": {split: len(truth.images) for split, truth in splits.items()}, "classes": len(classes)}
+        return resolved | _estimate(runner() if train else None, model())
+
+    def run() -> Record | None:
+        began = time.monotonic()
+        refuse_clash(folder, checkpoint.subject, val.images.source, fingerprint)
+        trained = None
+        if finished:
+            check()
+            tested = _load(model(), finished).to(how.device)
+        else:
+            trained = runner()
+            if not trained.started:
+                check()
+            if not trained.run() and (folder / records.RECORD_NAME).exists():
+                return records.read_record(folder / records.RECORD_NAME) if process[0] == 0 else None
+            tested = trained.model
+            if process[0] == 0:
+                _save(folder / MODEL_NAME, tested, task.name, stated, checkpoint, classes)
+        test_began = time.monotonic()
+        tested.eval()
+        outcome = task.evaluate(tested, protocol, val, Context(folder, how, process, shown))
+        if process[0]:
+            return None
+        seconds = time.monotonic() - test_began
+        record = make_record(
+            task=task.name,
+            protocol=stated,
+            subject=checkpoint.subject,
+            data=Data(
+                source=val.images.source,
+                split="val",
+                images={split: len(truth.images) for split, truth in splits.items()},
+                classes=len(classes),
+                fingerprint=fingerprint,
+                subset=val.images.subset,
+                corrupt=sorted({*(trained.corrupt if trained else ()), *outcome.corrupt}),
+            ),
+            metrics=outcome.metrics,
+            cost=Cost(
+                seconds=round(trained.seconds + seconds if trained else time.monotonic() - began, 3),
+                images_per_second=round(len(val.images) / seconds, 2),
+                peak_memory_bytes=peak_memory(how.device),
+            ),
+            files={**outcome.files, **({"model": MODEL_NAME, "curves": CURVES} if trained else {})},
+            details={
+                **outcome.details,
+                "trained": trained.summary if trained else {"model": request.checkpoint},
+                "test_seconds_per_image": round(seconds / len(val.images), 4),
+                "parameters": sum(parameter.numel() for parameter in tested.parameters()),
+                "processes": process[1],
+                "precision": precision_name(how),
+                "versions": openmmlab.versions(task.package),
+            },
+        )
+        records.write_record(folder, record)
+        return record
+
+    return Job(task.name, stated, checkpoint.subject, fingerprint, precision_name(how), folder, (), planned, run)
 
 
 def find_finished(text: str, task: str) -> Finished | None:
@@ -249,15 +292,10 @@ def _protocol(task: DenseTask[D, T], request: Request, finished: Finished | None
     return name, protocol.for_smoke() if request.smoke else protocol
 
 
-def _images(request: Request, split: Split) -> ImageSet:
-    images = open_source(request.data, split)
-    return take(images, "images", SMOKE_IMAGES[split]) if request.smoke else images
-
-
-def _encoder(request: Request, finished: Finished | None) -> Checkpoint:
+def _encoder(request: Request, opened: Opened, finished: Finished | None) -> Checkpoint:
     """The encoder that is trained, or one of the kind that a finished model has in it."""
     if finished is None:
-        return open_checkpoint(request.checkpoint, allow_partial=request.allow_partial)
+        return opened.checkpoint(request.checkpoint, allow_partial=request.allow_partial)
     spec = EncoderSpec.check(finished.read("spec"), str(finished.file))
     subject = Subject.check(finished.read("subject"), str(finished.file))
     folder = Path(request.checkpoint) if Path(request.checkpoint).is_dir() else None
@@ -279,12 +317,12 @@ def _model(task: DenseTask[D, T], protocol: D, encoder: Encoder, classes: int) -
         return openmmlab.build_model(task.package, config)
 
 
-def _save(path: Path, model: Any, task: str, name: str, protocol: D, checkpoint: Checkpoint, classes: tuple[str, ...]) -> None:
+def _save(path: Path, model: Any, task: str, stated: records.Protocol, checkpoint: Checkpoint, classes: tuple[str, ...]) -> None:
     metadata = {
         "format": MODEL_FORMAT,
         "task": task,
-        "protocol": name,
-        "settings": {"version": protocol.version, **settings_of(protocol)},
+        "protocol": stated.name,
+        "settings": {"version": stated.version, **stated.settings},
         "classes": list(classes),
         "spec": checkpoint.encoder.spec.model_dump(mode="json"),
         "subject": checkpoint.subject.model_dump(mode="json"),
@@ -292,48 +330,25 @@ def _save(path: Path, model: Any, task: str, name: str, protocol: D, checkpoint:
     write_safetensors(path, model.state_dict(), metadata)
 
 
-def _load(model: Any, finished: Finished) -> None:
+def _load(model: Any, finished: Finished) -> Any:
     tensors, _ = read_safetensors(finished.file)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{finished.file}: does not fit its own settings ({reason}); is it of another version?") from error
+    return model
 
 
-def _plan(
-    task: DenseTask[D, T],
-    name: str,
-    protocol: D,
-    model: Any,
-    train: T | None,
-    val: T,
-    checkpoint: Checkpoint,
-    folder: Path,
-    how: Pass,
-    process: tuple[int, int],
-) -> dict[str, Any]:
-    """What would be done and, from one step measured on this machine, what it would take."""
-    from downstream.dense.runner import Runner
-
-    plan: dict[str, Any] = {
-        "task": task.name,
-        "protocol": name,
-        "settings": settings_of(protocol),
-        "out": str(folder),
-        "encoder": f"{checkpoint.subject.checkpoint} ({checkpoint.encoder.spec.arch})",
-        "images": {"val": len(val.images)} | ({"train": len(train.images)} if train else {}),
-        "classes": len(val.classes),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+def _estimate(runner: "Runner | None", model: Any) -> dict[str, Any]:
+    """What it would take, from two steps measured on this machine; ``runner`` is None where nothing is trained."""
+    parameters = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    if runner is None:
+        return parameters | {"task_seconds": None}
+    seconds = runner.seconds_per_step()
+    return parameters | {
+        "steps": runner.total_steps,
+        "seconds_per_step": float(f"{seconds:.3g}"),
+        "task_seconds": float(f"{seconds * runner.total_steps:.3g}"),
+        "task_memory_bytes": peak_memory(runner.how.device),
     }
-    if train is not None:
-        transform = openmmlab.build_transforms(task.package, task.transforms(protocol))
-        runner = Runner(protocol, model, train, transform, folder, how=how, identity={}, process=process)
-        seconds = runner.seconds_per_step()
-        plan |= {
-            "steps": runner.total_steps,
-            "seconds_per_step": float(f"{seconds:.3g}"),
-            "train_seconds": float(f"{seconds * runner.total_steps:.3g}"),
-            "peak_memory_bytes": peak_memory(how.device),
-        }
-    return plan

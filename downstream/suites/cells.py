@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 
 from downstream.evaluate import Request, data_name, load_protocol, slug
 from downstream.job import Job, Opened
-from downstream.task import ImageProtocol
+from downstream.task import TaskProtocol
 from mte_bench.data.sources import parse_source
 from mte_bench.errors import UserError, did_you_mean
 from mte_bench.files import hash_of
@@ -52,7 +52,7 @@ class Offer(Protocol):
         """Its command, such as ``analyze cka``."""
 
     @property
-    def protocol(self) -> type[ImageProtocol]:
+    def protocol(self) -> type[TaskProtocol]:
         """The class of its settings."""
 
     def job(self, request: Request, opened: Opened) -> Job:
