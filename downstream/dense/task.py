@@ -194,9 +194,9 @@ def prepare(
 
     def planned() -> dict[str, Any]:
         check()
-        resolved = {"task": task.name, "protocol": name, "settings": stated.settings, "out": str(folder)}
-        resolved["encoder"] = f"{checkpoint.subject.checkpoint} ({checkpoint.encoder.spec.arch})"
-        resolved |= {"images": {split: len(truth.images) for split, truth in splits.items()}, "classes": len(classes)}
+        resolved: dict[str, Any] = {"task": task.name, "protocol": name, "settings": stated.settings, "out": str(folder)}
+        resolved |= {"encoder": f"{checkpoint.subject.checkpoint} ({checkpoint.encoder.spec.arch})", "classes": len(classes)}
+        resolved["images"] = {split: len(truth.images) for split, truth in splits.items()}
         return resolved | _estimate(runner() if train else None, model())
 
     def run() -> Record | None:
