@@ -37,7 +37,7 @@ from mte_bench.encoders.checkpoint import Checkpoint
 from mte_bench.encoders.encoder import Encoder, EncoderSpec, fresh_encoder
 from mte_bench.encoders.weight_files import read_metadata, read_safetensors, write_safetensors
 from mte_bench.errors import UserError
-from mte_bench.files import hash_of
+from mte_bench.files import hash_of, sha256_file
 from mte_bench.records import Cost, Data, Metric, Record, Subject, make_record
 from mte_bench.settings import override
 from mte_bench.training.live import CURVES
@@ -111,6 +111,11 @@ class Finished:
     def read(self, key: str) -> Any:
         """What the header holds under ``key``, decoded."""
         return json.loads(self.metadata[key])
+
+    @property
+    def summary(self) -> dict[str, str]:
+        """Which model it is, for the record."""
+        return {"model": str(self.file), "sha256": sha256_file(self.file)}
 
 
 def run_dense(task: DenseTask[D, T], request: Request, save_minutes: float, shown: int) -> Record | None:
@@ -243,7 +248,7 @@ def prepare(
             files={**outcome.files, **({"model": MODEL_NAME, "curves": CURVES} if trained else {})},
             details={
                 **outcome.details,
-                "trained": trained.summary if trained else {"model": request.checkpoint},
+                "trained": trained.summary if trained else finished.summary if finished else None,
                 "test_seconds_per_image": round(seconds / len(val.images), 4),
                 "parameters": sum(parameter.numel() for parameter in tested.parameters()),
                 "processes": process[1],
@@ -282,7 +287,7 @@ def _protocol(task: DenseTask[D, T], request: Request, finished: Finished | None
         name, values = finished.metadata["protocol"], finished.read("settings")
         if request.protocol:
             other, asked = load_protocol(task, request.protocol)
-            name, values["test"] = f"{name}-tested-{other}", settings_of(asked)["test"]
+            name, values["test"] = name if other == name else f"{name}-tested-{other}", settings_of(asked)["test"]
         for assignment in request.set:
             if not assignment.startswith(tuple(f"{group}." for group in CHANGEABLE)):
                 raise UserError(
