@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from downstream.dense import ade20k
 from downstream.dense.pairs import VOID, LabelSettings
 from downstream.dense.runner import Runner
 from downstream.dense.segmentation_metrics import counts_of, segmentation_metrics
+from downstream.evaluate import Request
+from downstream.job import Opened
 from mte_bench import cli
 from mte_bench.data.scenes import CLASSES
 from mte_bench.data.scenes_formats import write_scenes
+from mte_bench.files import sha256_file
 from mte_bench.records import Record, read_record
 from tests.tiny import Killed
 
@@ -90,6 +94,12 @@ def test_one_folder_holds_everything(run: tuple[Path, Record]) -> None:
     assert json.loads((out / "curves.jsonl").read_text().splitlines()[-1])["step"] == 3
 
 
+def test_a_suite_knows_that_it_is_done(run: tuple[Path, Record], data: Path) -> None:
+    request = Request(ENCODER, f"ade20k:{data}", "tiny", set=tuple(SMALL), out=str(run[0]), workers=0)
+    assert ade20k.ADE20K.job(request, Opened()).found() == run[1]
+    assert ade20k.ADE20K.job(replace(request, set=(*SMALL, "seed=1")), Opened()).found() is None
+
+
 def test_after_a_kill_it_goes_on_and_ends_the_same(
     run: tuple[Path, Record], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +124,7 @@ def test_after_a_kill_it_goes_on_and_ends_the_same(
 def test_a_finished_model_is_tested_without_training(run: tuple[Path, Record], data: Path, tmp_path: Path) -> None:
     line = ["ade20k", str(run[0]), "--data", f"ade20k:{data}", "--workers", "0", "--pictures", "0"]
     again = cli.run([*line, "--out", str(tmp_path / "again")])
+    assert again.details["trained"]["sha256"] == sha256_file(run[0] / "model.safetensors")
     assert again.metrics == run[1].metrics
     assert again.subject == run[1].subject
     assert "trained" in again.details and "steps" not in again.details["trained"]
