@@ -131,7 +131,7 @@ def test_a_finished_detector_is_tested_without_training(
     assert record.metrics == run[1].metrics
     assert "steps" not in record.details["trained"]
     assert "only settings of test" in error_line(*line, "--set", "heads.hidden=64")
-    assert "mte-bench coco" in error_line("ade20k", *line[1:])
+    assert "mte-bench coco" in error_line("ade20k", str(run[0]), "--data", f"ade20k:{data}")
 
 
 def test_a_swin_can_be_the_encoder(data: Path, tmp_path: Path, error_line: Callable[..., str]) -> None:
@@ -246,6 +246,10 @@ def test_mistakes_in_the_data_are_named_before_training(
     line = error_line(*words(root, tmp_path / "out"))
     assert all(word in line for word in said), line
     assert not (tmp_path / "out").exists()
+
+
+def test_another_kind_of_source_is_refused(tmp_path: Path, error_line: Callable[..., str]) -> None:
+    assert "coco:PATH" in error_line("coco", ENCODER, "--data", "scenes", "--out", str(tmp_path / "out"))
 
 
 @pytest.mark.slow

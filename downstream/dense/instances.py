@@ -28,8 +28,6 @@ class Instances:
 
     def __init__(self, spec: str, split: Split, images: ImageSet, least_side: int = 0):
         source = parse_source(spec)
-        if source.kind != "coco":
-            raise UserError(f"--data {spec}: images with boxes and masks are given as coco:PATH")
         year = source.number("year", 2017)
         self.file = Path(source.path).expanduser() / "annotations" / f"instances_{split}{year}.json"
         content = _read(self.file)

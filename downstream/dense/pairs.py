@@ -54,10 +54,7 @@ class Pairs:
     upright = None
 
     def __init__(self, spec: str, settings: LabelSettings, images: ImageSet):
-        source = parse_source(spec)
-        if source.kind != "ade20k":
-            raise UserError(f"--data {spec}: images with label PNGs are given as ade20k:PATH")
-        self.root, self.settings = Path(source.path).expanduser(), settings
+        self.root, self.settings = Path(parse_source(spec).path).expanduser(), settings
         self.images, self.label_root = images, self.root / "annotations"
         self.classes = settings.classes or _names_in(self.root)
         if not 2 <= len(self.classes) < VOID:

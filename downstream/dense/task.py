@@ -31,7 +31,7 @@ from downstream.job import Job, Opened
 from downstream.plan import show_plan
 from mte_bench import distributed, records
 from mte_bench.console import log
-from mte_bench.data.sources import SPLITS, ImageSet, Split
+from mte_bench.data.sources import SPLITS, ImageSet, Split, parse_source
 from mte_bench.device import peak_memory
 from mte_bench.encoders.checkpoint import Checkpoint
 from mte_bench.encoders.encoder import Encoder, EncoderSpec, fresh_encoder
@@ -154,6 +154,10 @@ def prepare(
     """What ``request`` asks of ``task``, ready to be done. Raises ``UserError`` as ``run_dense`` does; writes nothing."""
     if request.others:
         raise UserError(f"{task.name} trains one encoder, not {1 + len(request.others)} together; leave the others out")
+    if parse_source(request.data).kind != task.name:
+        raise UserError(
+            f"--data {request.data}: {task.name} needs the truth in the layout of {task.name}:PATH; see docs/dense.md"
+        )
     finished = find_finished(request.checkpoint, task.name)
     name, protocol = _protocol(task, request, finished)
     how = pass_of(request)
