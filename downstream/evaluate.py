@@ -9,7 +9,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -83,14 +83,22 @@ def evaluate(task: Task[P], request: Request) -> Record | None:
     the others return None.
     Raises ``UserError`` for everything that the user can mend.
     """
-    job = prepare(task, request, Opened())
+    return carry_out(prepare(task, request, Opened()), request, show_result)
+
+
+def carry_out(job: Job, request: Request, show: Callable[[Record, bool], None]) -> Record | None:
+    """Do ``job`` and ``show`` its record, or show its plan.
+
+    Returns the record; None for a dry run, and in a process of several that does not write it.
+    """
     if request.dry_run:
-        show_plan(job.plan(), request.json)
+        if Place.of_this_process().rank == 0:
+            show_plan(job.plan(), request.json)
         return None
     record = job.run()
     if record is None:
         return None
-    show_result(record, request.json)
+    show(record, request.json)
     for file in record.files:
         log(f"{file}: {job.folder / record.files[file]}")
     log(f"record: {job.folder / records.RECORD_NAME}")

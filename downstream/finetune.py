@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from downstream.evaluate import (
     Request,
+    carry_out,
     evaluation_transform,
     load_protocol,
     open_split,
@@ -28,7 +29,6 @@ from downstream.evaluate import (
     write_predictions,
 )
 from downstream.job import Job, Opened
-from downstream.plan import show_plan
 from downstream.task import top_metrics
 from downstream.tuning.estimate import estimate
 from downstream.tuning.protocol import SMOKE_BATCH, FinetuneProtocol
@@ -95,20 +95,11 @@ def tune(task: Tuning[F], request: Request, save_minutes: float = 10.0) -> Recor
     Processes under ``torchrun`` train together; the first one does the rest, the others return None. Raises ``UserError`` for
     everything that the user can mend.
     """
-    rank, processes = distributed.start(request.device)
+    process = distributed.start(request.device)
     try:
-        job = prepare(task, request, Opened(), save_minutes, (rank, processes))
-        if request.dry_run:
-            if rank == 0:
-                show_plan(job.plan(), request.json)
-            return None
-        record = job.run()
+        return carry_out(prepare(task, request, Opened(), save_minutes, process), request, show_result)
     finally:
         distributed.stop()
-    if record is not None:
-        show_result(record, request.json)
-        log(f"record: {job.folder / records.RECORD_NAME}")
-    return record
 
 
 def prepare(

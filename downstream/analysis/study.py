@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from downstream.evaluate import (
     Request,
+    carry_out,
     evaluation_transform,
     load_protocol,
     open_split,
@@ -30,10 +31,10 @@ from downstream.evaluate import (
 )
 from downstream.features import Pass, decoded_batches
 from downstream.job import Job, Opened
-from downstream.plan import seconds_of, show_plan
+from downstream.plan import seconds_of
 from downstream.task import ImageProtocol
 from mte_bench import records
-from mte_bench.console import ProgressLine, log, show_json, show_table
+from mte_bench.console import ProgressLine, show_json, show_table
 from mte_bench.data.sources import ImageSet, take
 from mte_bench.data.transforms import EvaluationTransform
 from mte_bench.device import autocast, peak_memory
@@ -152,17 +153,7 @@ def study(analysis: Analysis[A], request: Request, shown: int | None = None) -> 
 
     Raises ``UserError`` for everything that the user can mend.
     """
-    job = analysis.job(request, Opened(), shown)
-    if request.dry_run:
-        show_plan(job.plan(), request.json)
-        return None
-    record = job.run()
-    if record is None:
-        return None
-    _show(record, request.json)
-    log(f"picture: {job.folder / record.files['picture']}")
-    log(f"record: {job.folder / records.RECORD_NAME}")
-    return record
+    return carry_out(analysis.job(request, Opened(), shown), request, _show)
 
 
 def _job(analysis: Analysis[A], request: Request, opened: Opened, shown: int) -> Job:

@@ -18,6 +18,7 @@ from downstream.dense.batches import Truth
 from downstream.dense.protocol import DenseProtocol
 from downstream.evaluate import (
     Request,
+    carry_out,
     load_protocol,
     output_folder,
     pass_of,
@@ -28,9 +29,7 @@ from downstream.evaluate import (
 )
 from downstream.features import Pass
 from downstream.job import Job, Opened
-from downstream.plan import show_plan
 from mte_bench import distributed, records
-from mte_bench.console import log
 from mte_bench.data.sources import SPLITS, ImageSet, Split, parse_source
 from mte_bench.device import peak_memory
 from mte_bench.encoders.checkpoint import Checkpoint
@@ -126,21 +125,9 @@ def run_dense(task: DenseTask[D, T], request: Request, save_minutes: float, show
     """
     process = distributed.start(request.device)
     try:
-        job = prepare(task, request, Opened(), save_minutes, shown, process)
-        if request.dry_run:
-            if process[0] == 0:
-                show_plan(job.plan(), request.json)
-            return None
-        record = job.run()
+        return carry_out(prepare(task, request, Opened(), save_minutes, shown, process), request, show_result)
     finally:
         distributed.stop()
-    if record is not None:
-        show_result(record, request.json)
-        for key in ("picture", "predictions"):
-            if key in record.files:
-                log(f"{key}: {job.folder / record.files[key]}")
-        log(f"record: {job.folder / records.RECORD_NAME}")
-    return record
 
 
 def prepare(
