@@ -111,7 +111,7 @@ class Pair:
         return openmmlab.build_model(task.package, config).to(how.device)
 
     def train_ours(self, batch: Batch) -> None:
-        self.runner._step(self.runner.model, iter([batch]))
+        self.runner.take_step(self.runner.model, iter([batch]))
 
     def train_theirs(self, batch: Batch) -> None:
         data = {key: [one[key] for one in batch.packed] for key in ("inputs", "data_samples")}

@@ -162,7 +162,7 @@ def prepare(
         refuse_clash(folder, subject, val.source, fingerprint)
         for remark in (*train.remarks, *val.remarks) if process[0] == 0 else ():
             log(remark)
-        if not tuned.run() and (folder / records.RECORD_NAME).exists():
+        if not tuned.train() and (folder / records.RECORD_NAME).exists():
             return records.read_record(folder / records.RECORD_NAME) if process[0] == 0 else None
         averaged = tuned.evaluate_ema()
         if process[0]:

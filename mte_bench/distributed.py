@@ -4,6 +4,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from mte_bench.device import Place
 
@@ -45,6 +46,14 @@ def summed(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     values = values.to(device)
     dist.all_reduce(values)
     return values
+
+
+def spread(model: nn.Module, **options: Any) -> nn.Module:
+    """``model`` as it shares its gradients with the other processes' (``options`` are DDP's); itself without a group.
+
+    Buffers stay each process's own: those there are come out of statistics that are shared already.
+    """
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, **options) if dist.is_initialized() else model
 
 
 def gathered(own: dict[int, V]) -> dict[int, V]:

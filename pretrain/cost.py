@@ -176,8 +176,8 @@ def _training(
     trainer = Trainer(small, Blank(batch_size), Path(), device=device, precision=precision)
     trainer.step = trainer.total_steps // 2
     batch = _batch(trainer)
-    step = _repeated(lambda: trainer._step(trainer.student, iter([batch])), repeats, device, reset)
-    return step, trainer._evaluated.encoder.eval()
+    step = _repeated(lambda: trainer.take_step(trainer.student, iter([batch])), repeats, device, reset)
+    return step, trainer.evaluated.encoder.eval()
 
 
 def _forget(device: torch.device) -> bool:

@@ -84,6 +84,20 @@ class Grid(NamedTuple):
         return torch.from_numpy(masks).flatten(2)
 
 
+def step_sampler(images: ImageSet, recipe: Recipe, seed: int, first_step: int, process: tuple[int, int]) -> StepSampler:
+    """Which of ``images`` are in which micro-step of the run; see ``StepSampler``."""
+    return StepSampler(
+        len(images),
+        recipe.batch_size,
+        recipe.epochs,
+        seed=seed,
+        first_step=first_step,
+        process=process,
+        accumulate=recipe.accumulate,
+        repeats=recipe.repeats,
+    )
+
+
 def view_loader(
     images: ImageSet,
     recipe: Recipe,
@@ -100,15 +114,6 @@ def view_loader(
 
     See ``load_batches``. Raises ``UserError`` for a batch that does not fit.
     """
-    sampler = StepSampler(
-        len(images),
-        recipe.batch_size,
-        recipe.epochs,
-        seed=seed,
-        first_step=first_step,
-        process=process,
-        accumulate=recipe.accumulate,
-        repeats=recipe.repeats,
-    )
+    sampler = step_sampler(images, recipe, seed, first_step, process)
     dataset = ViewDataset(images, recipe.views, seed=seed, allow_corrupt=allow_corrupt, masks=masks)
     return load_batches(dataset, sampler, workers=workers, pin_memory=pin_memory, allow_corrupt=allow_corrupt)

@@ -1,14 +1,12 @@
 """The engine: pre-trains an encoder by a method, with or without MTE, and can be stopped at any moment.
 
-Read ``Trainer.run`` first. A step's randomness comes from (seed, step), a view's from (seed, epoch, image, view), so
-neither the number of processes or workers nor a stop changes what is computed.
+Read ``Trainer.take_step`` first; the loop around it is ``mte_bench.training.loop``. A step's randomness comes from (seed,
+step), a view's from (seed, epoch, image, view), so neither the number of processes or workers nor a stop changes what is
+computed.
 """
 
 import json
-import math
-import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,11 +22,13 @@ from mte_bench.device import autocast, peak_memory
 from mte_bench.encoders.checkpoint import open_checkpoint, save_auxiliary, save_classifier, save_encoder
 from mte_bench.errors import UserError
 from mte_bench.files import write_text
+from mte_bench.training import state
 from mte_bench.training.batches import StepSampler, epoch_order
-from mte_bench.training.live import CURVES, Curves, LiveLine
+from mte_bench.training.live import CURVES
+from mte_bench.training.loop import Loop
 from mte_bench.training.schedules import cosine
-from pretrain import mte, state
-from pretrain.loader import Batch, Grid, view_loader
+from pretrain import mte
+from pretrain.loader import Batch, Grid, step_sampler, view_loader
 from pretrain.methods import METHODS
 from pretrain.methods.base import mean_over_processes, mean_over_rows
 from pretrain.monitor import classifier_top1, knn_top1
@@ -36,10 +36,8 @@ from pretrain.optimiser import EMA, build_optimiser, clip_per_tensor, clip_whole
 from pretrain.recipe import Recipe
 from pretrain.views import draw_views
 
-LINES_PER_EPOCH = 20
 
-
-class Trainer:
+class Trainer(Loop[Batch]):
     """One pre-training run in the folder ``out``.
 
     ``images`` is the training split; ``held_out`` the split on which k-NN is measured while training, if the recipe
@@ -63,20 +61,11 @@ class Trainer:
         recipe_name: str = "",
         process: tuple[int, int] = (0, 1),
     ):
-        self.recipe, self.images, self.held_out, self.out = recipe, images, held_out, out
-        self.seed, self.device, self.precision, self.workers = seed, device, precision, workers
-        self.allow_corrupt, self.save_minutes, self.recipe_name = allow_corrupt, save_minutes, recipe_name
-        self.rank, self.processes = process
+        self.recipe, self.images, self.held_out, self.seed = recipe, images, held_out, seed
+        self.workers, self.allow_corrupt, self.recipe_name = workers, allow_corrupt, recipe_name
         kind = METHODS[recipe.method]
-        mte.check(recipe, kind, self.processes)
-        sampler = StepSampler(len(images), recipe.batch_size, recipe.epochs, process=process, accumulate=recipe.accumulate)
-        self.micro_batch = recipe.batch_size // (self.processes * recipe.accumulate)
-        self.steps_per_epoch = sampler.steps_per_epoch
-        self.total_steps = recipe.epochs * self.steps_per_epoch
-        self.step = 0
-        self.seconds = 0.0
-        self.corrupt: set[str] = set()
-
+        mte.check(recipe, kind, process[1])
+        super().__init__(out, device=device, precision=precision, save_minutes=save_minutes, process=process)
         if kind.labelled:
             require_classes(images)
             if (images.labels < 0).any():
@@ -88,11 +77,10 @@ class Trainer:
         self.teacher.load_state_dict(self.student.state_dict(), strict=False)
         self.ema = EMA(self.teacher, self.student)
         self.optimiser = build_optimiser(self.student, recipe.optimiser, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What must be the same for a run to go on: the result depends on it and on nothing else."""
+    def identity(self) -> dict[str, Any]:  # type: ignore[override]
+        """See ``Loop``; the fingerprint of the data may take long."""
         return {
             "recipe": self.recipe.model_dump(mode="json", exclude={"description", "paper_row", "knn_every"}),
             "seed": self.seed,
@@ -100,30 +88,25 @@ class Trainer:
             "precision": str(self.precision).removeprefix("torch."),
         }
 
-    @property
-    def epoch(self) -> float:
-        """Epochs done, with the fraction of the current one."""
-        return self.step / self.steps_per_epoch
-
     def run(self) -> records.Record:
         """Train to the end, going on where an earlier run in this folder stopped; returns the run's record."""
-        resumed = state.restore(self)
-        if resumed and self.rank == 0:
-            log(f"{self.out}: going on from step {self.step} of {self.total_steps} (epoch {self.epoch:.2f})")
-        if self.rank == 0 and not resumed:
-            self._describe()
-        if self.step < self.total_steps:
-            self._train()
-        elif (self.out / records.RECORD_NAME).exists():
+        if not self.train() and (self.out / records.RECORD_NAME).exists():
             return records.read_record(self.out / records.RECORD_NAME)
         return self._record()
 
-    def _train(self) -> None:
-        student: Any = self.student
-        if self.processes > 1:
-            student = nn.parallel.DistributedDataParallel(self.student, broadcast_buffers=False, gradient_as_bucket_view=True)
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """See ``Loop``."""
+        return {"student": self.student, "teacher": self.teacher, "method": self.method}
+
+    def sampler(self) -> StepSampler:
+        """See ``Loop``."""
+        return step_sampler(self.images, self.recipe, self.seed, self.step, (self.rank, self.processes))
+
+    def batches(self) -> Iterator[Batch]:
+        """See ``Loop``."""
         masking = self.method.masking
-        batches = view_loader(
+        return view_loader(
             self.images,
             self.recipe,
             seed=self.seed,
@@ -134,30 +117,12 @@ class Trainer:
             allow_corrupt=self.allow_corrupt,
             masks=Grid(masking, *self.student.encoder.grid(self.recipe.views.global1.size)) if masking else None,
         )
-        curves = Curves(self.out, self.step) if self.rank == 0 else None
-        saved = started = time.monotonic()
-        earlier = self.seconds
-        try:
-            with LiveLine(self.total_steps, silent=self.rank != 0) as live:
-                while self.step < self.total_steps:
-                    values = self._step(student, live.timed(batches))
-                    self.step += 1
-                    now = time.monotonic()
-                    self.seconds = earlier + now - started
-                    live.step(self.step, self.epoch, self.recipe.batch_size, values["loss"], peak_memory(self.device))
-                    whole_epoch = self.step % self.steps_per_epoch == 0
-                    if curves:
-                        curves.add(values)
-                        if whole_epoch or self.step % max(1, self.steps_per_epoch // LINES_PER_EPOCH) == 0:
-                            curves.write(self.step, self.epoch)
-                    if whole_epoch or now - saved > 60 * self.save_minutes:
-                        self._save(curves, live, whole_epoch)
-                        saved = time.monotonic()
-        finally:
-            if curves:
-                curves.close()
 
-    def _step(self, student: Any, batches: Iterator[Batch]) -> dict[str, float]:
+    def wrapped(self) -> Any:
+        """See ``Loop``."""
+        return distributed.spread(self.student, gradient_as_bucket_view=True)
+
+    def take_step(self, model: Any, batches: Iterator[Batch]) -> dict[str, float]:
         """One optimiser step on the next global batch; returns the loss and what the schedules gave."""
         recipe, settings, spec = self.recipe, self.recipe.optimiser, self.student.encoder.spec
         lr = learning_rate(self.step, self.total_steps, self.steps_per_epoch, settings, recipe.batch_size)
@@ -182,9 +147,8 @@ class Trainer:
                 )
             if batch.masks is not None:
                 masks = batch.masks.to(self.device, non_blocking=True)
-            last = micro == recipe.accumulate - 1
-            with nullcontext() if last or self.processes == 1 else student.no_sync():
-                parts, vectors = self.forward(student, groups, self._drop_path(groups, micro), epoch, masks, labels)
+            with self.micro_step(model, micro):
+                parts, vectors = self.forward(model, groups, self._drop_path(groups, micro), epoch, masks, labels)
                 self.scaler.scale(parts["loss"] / recipe.accumulate).backward()
             if labels is None:
                 leading.append(torch.cat(mte.seen(vectors, recipe)))
@@ -193,8 +157,7 @@ class Trainer:
                 sums[key] = sums.get(key, 0) + value.detach() / recipe.accumulate
         means = mean_over_processes(torch.stack([value.float() for value in sums.values()]))
         values = dict(zip(sums, means.tolist(), strict=True))
-        if not math.isfinite(values["loss"]):
-            self._stop_at_non_finite(values["loss"], epoch)
+        self.refuse_non_finite(values["loss"], "a lower optimiser.lr, a smaller optimiser.clip", self._list_batch)
         drop_gradients(self.method.without_gradient(self.student, epoch))
         values |= self.update(momentum)
         with torch.no_grad():
@@ -227,9 +190,7 @@ class Trainer:
         if self.recipe.optimiser.clip is not None:
             clip = clip_per_tensor if self.recipe.optimiser.clip_norm == "tensor" else clip_whole
             values["grad_norm"] = clip(self.student, self.recipe.optimiser.clip).item()
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.update_weights()
         if self.method.teacher_moves == "after":
             self.ema.update(momentum)
         return values
@@ -251,52 +212,50 @@ class Trainer:
         """A seed for what is drawn in this step for the whole global batch or, from 1, for a part of it."""
         return (self.seed << 40) + (part << 32) + self.step
 
-    def _stop_at_non_finite(self, loss: float, epoch: int) -> None:
-        """Name what is needed to look into it; nothing of this step has touched weights or state."""
-        start = self.step % self.steps_per_epoch * self.recipe.batch_size
-        order = epoch_order(self.seed, epoch, len(self.images), self.recipe.repeats)
-        names = [self.images.name(place % len(self.images)) for place in order[start : start + self.recipe.batch_size]]
-        listing = self.out / "non_finite_batch.txt"
+    def _list_batch(self) -> str:
+        """Write down which images this step is on; says where, for the error that ends it."""
+        start = self.step % self.steps_per_epoch * self.batch_size
+        order = epoch_order(self.seed, int(self.epoch), len(self.images), self.recipe.repeats)
+        names = [self.images.name(place % len(self.images)) for place in order[start : start + self.batch_size]]
+        listing, good = self.out / "non_finite_batch.txt", self.out / state.NAME
         if self.rank == 0:
             write_text(listing, "\n".join(names) + "\n")
-        good = self.out / state.NAME
-        raise UserError(
-            f"the loss is {loss} at step {self.step + 1} (epoch {epoch + 1}); its batch is listed in {listing} "
-            f"({names[0]}, ...); the last good checkpoint is {good if good.exists() else 'none'}; "
-            "try a lower optimiser.lr, a smaller optimiser.clip or --precision float32"
-        )
+        last = good if good.exists() else "none"
+        return f"its batch is listed in {listing} ({names[0]}, ...); the last good checkpoint is {last}; "
 
-    def _describe(self) -> None:
-        """What a reader of the folder wants first: the resolved recipe and a picture of the views."""
+    def describe(self) -> None:
+        """The resolved recipe and a picture of the views."""
         import yaml
 
         values = self.recipe.model_dump(mode="json")
         write_text(self.out / "recipe.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
         draw_views(self.out / "views.png", self.images, self.recipe.views, self.seed)
 
-    def _save(self, curves: Curves | None, live: LiveLine, whole_epoch: bool) -> None:
-        """Measure k-NN if it is due, then write the encoder, the auxiliary part and the state."""
-        if curves:
-            curves.write(self.step, self.epoch)
-            every = self.recipe.knn_every
-            if whole_epoch and every and self.held_out and (round(self.epoch) % every == 0 or self.step == self.total_steps):
-                branch, how = self._evaluated, (self.held_out, self.device, self.workers)
-                found = {"knn_top1": knn_top1(branch.encoder, self.images, *how)}
-                if self.method.labelled:
-                    found["classifier_top1"] = classifier_top1(branch.encoder, branch.head, *how)
-                curves.line({"step": self.step, "epoch": self.epoch, **found})
-                words = ", ".join(f"{key.removesuffix('_top1')} {value:.2f} %" for key, value in found.items())
-                log(f"\nepoch {self.epoch:.0f}: top-1 by {words}")
-            self._export()
-            state.save(self)
-        distributed.barrier()
+    def measures(self, epoch: int) -> bool:
+        """Whether k-NN is due."""
+        every = self.recipe.knn_every
+        return bool(every and self.held_out and epoch and (epoch % every == 0 or epoch == self.recipe.epochs))
+
+    def measure(self) -> None:
+        """k-NN and, where there is one, the classifier on ``held_out``, by the first process."""
+        if not self.curves or not self.held_out:
+            return
+        branch, how = self.evaluated, (self.held_out, self.device, self.workers)
+        found = {"knn_top1": knn_top1(branch.encoder, self.images, *how)}
+        if self.method.labelled:
+            found["classifier_top1"] = classifier_top1(branch.encoder, branch.head, *how)
+        self.curves.line({"step": self.step, "epoch": self.epoch, **found})
+        words = ", ".join(f"{key.removesuffix('_top1')} {value:.2f} %" for key, value in found.items())
+        log(f"\nepoch {self.epoch:.0f}: top-1 by {words}")
 
     @property
-    def _evaluated(self) -> mte.Branch:
+    def evaluated(self) -> mte.Branch:
+        """The branch whose encoder is kept."""
         return self.teacher if self.method.evaluates == "teacher" else self.student
 
-    def _export(self) -> None:
-        recipe, branch = self.recipe, self._evaluated
+    def export(self) -> None:
+        """The encoder that is kept, its classifier and the auxiliary part, where there are any."""
+        recipe, branch = self.recipe, self.evaluated
         metadata = {
             "method": recipe.method,
             "title": recipe.title,
@@ -354,7 +313,12 @@ class Trainer:
                 seconds=self.seconds, images_per_second=images / self.seconds, peak_memory_bytes=peak_memory(self.device)
             ),
             files={"curves": CURVES, "views": "views.png"},
-            details={"precision": self.identity["precision"], "processes": self.processes, "steps": self.total_steps},
+            details={
+                "precision": self.identity["precision"],
+                "processes": self.processes,
+                "steps": self.total_steps,
+                "resumed": self.resumed,
+            },
         )
         if self.rank == 0:
             records.write_record(self.out, record)

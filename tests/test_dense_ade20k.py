@@ -103,18 +103,18 @@ def test_a_suite_knows_that_it_is_done(run: tuple[Path, Record], data: Path) -> 
 def test_after_a_kill_it_goes_on_and_ends_the_same(
     run: tuple[Path, Record], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = Runner._save
+    save = Runner.save
 
     def die_after(runner: Runner) -> None:
         save(runner)
         if runner.step == 2:
             raise Killed
 
-    monkeypatch.setattr(Runner, "_save", die_after)
+    monkeypatch.setattr(Runner, "save", die_after)
     with pytest.raises(Killed):
         cli.run([*words(data, tmp_path), "--save-minutes", "0"])
     assert not (tmp_path / "record.json").exists()
-    monkeypatch.setattr(Runner, "_save", save)
+    monkeypatch.setattr(Runner, "save", save)
     record = cli.run(words(data, tmp_path))
     assert record.details["trained"]["resumed"] == 1
     assert record.metrics == run[1].metrics

@@ -107,16 +107,16 @@ def test_one_folder_holds_everything(run: tuple[Path, Record]) -> None:
 def test_after_a_kill_it_goes_on_and_ends_the_same(
     run: tuple[Path, Record], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save = Runner._save
+    save = Runner.save
 
     def die(runner: Runner) -> None:
         save(runner)
         raise Killed
 
-    monkeypatch.setattr(Runner, "_save", die)
+    monkeypatch.setattr(Runner, "save", die)
     with pytest.raises(Killed):
         cli.run([*words(data, tmp_path), "--save-minutes", "0"])
-    monkeypatch.setattr(Runner, "_save", save)
+    monkeypatch.setattr(Runner, "save", save)
     record = cli.run(words(data, tmp_path))
     assert record.details["trained"]["resumed"] == 1
     assert record.metrics == run[1].metrics

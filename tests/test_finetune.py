@@ -90,7 +90,7 @@ def test_a_stopped_run_goes_on_exactly(
     images: str, whole: Path, tmp_path: Path, stops: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With mixing, erasing, stochastic depth, repeats, accumulation and an average; the record counts the stops."""
-    step = Tuner._step
+    step = Tuner.take_step
     for stop in stops:
 
         def until(tuner: Tuner, *arguments: Any, stop: int = stop) -> Any:
@@ -98,10 +98,10 @@ def test_a_stopped_run_goes_on_exactly(
                 raise Killed
             return step(tuner, *arguments)
 
-        monkeypatch.setattr(Tuner, "_step", until)
+        monkeypatch.setattr(Tuner, "take_step", until)
         with pytest.raises(Killed):
             finetune(images, tmp_path, EVERYTHING, save_minutes=0.0)
-        assert state.read(tmp_path / state.NAME, 1)["step"] == stop
+        assert state.read(tmp_path / state.NAME)["step"] == stop
     monkeypatch.undo()
     record = finetune(images, tmp_path, EVERYTHING, workers=1)
     assert_same_end(tmp_path, whole)
@@ -182,7 +182,7 @@ def _channels() -> tuple[Any, Any]:
 def test_the_average_of_the_weights_is_what_it_should_be(images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
     tuners: list[Tuner] = []
-    step = Tuner._step
+    step = Tuner.take_step
 
     def watched(tuner: Tuner, *arguments: Any) -> Any:
         if not seen:
@@ -192,7 +192,7 @@ def test_the_average_of_the_weights_is_what_it_should_be(images: str, tmp_path: 
         seen.append(tuner.model.encoder.model.blocks[1].mlp.fc1.weight.detach().clone())
         return values
 
-    monkeypatch.setattr(Tuner, "_step", watched)
+    monkeypatch.setattr(Tuner, "take_step", watched)
     record = finetune(images, tmp_path, [*QUICK, "ema=0.7", "lr=5e-3"])
     expected = seen[0].double()
     for weights in seen[1:]:
@@ -257,7 +257,7 @@ def test_unreadable_images_are_named_or_counted(tmp_path: Path) -> None:
         (root / name).write_bytes(b"no image")
     with pytest.raises(UserError, match=r"bee/1\.png: not readable as an image.*--allow-corrupt"):
         finetune(str(root), tmp_path / "allowed", changes)
-    assert state.read(tmp_path / "allowed" / state.NAME, 1)["step"] == STEPS  # nothing of the first epoch is lost
+    assert state.read(tmp_path / "allowed" / state.NAME)["step"] == STEPS  # nothing of the first epoch is lost
     record = finetune(str(root), tmp_path / "allowed", changes, allow_corrupt=1)
     assert len(curves(tmp_path / "allowed", "top1")) == 4 and record.details["resumed"] == 1
     assert record.data.corrupt == ["train/ant/0.png", "val/bee/1.png"]

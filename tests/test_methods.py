@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import pretrain.methods
 from mte_bench.encoders.heads import StackedBatchNorm, StackedMLP
+from mte_bench.training import state
 from mte_bench.training.schedules import cosine
-from pretrain import state
 from pretrain.methods import METHODS, Method
 from tiny import TINY, assert_same_end, first_steps, first_steps_in_two_processes, make, run_until
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from mte_bench.data.sources import open_source
 from mte_bench.errors import UserError
+from mte_bench.training import state
 from mte_bench.training.live import CURVES
-from pretrain import state
 from pretrain.optimiser import EMA, clip_per_tensor
 from pretrain.recipe import Recipe
 from pretrain.trainer import Trainer
@@ -37,7 +37,7 @@ def test_a_stopped_run_goes_on_exactly(folder: Path, whole: Path, tmp_path: Path
     """Saved after every step, killed before step ``stop``, run again: the same weights, state and curves' steps."""
     run_until(make(folder, tmp_path, save_minutes=0.0), stop)
     assert state.read(tmp_path / state.NAME)["step"] == stop
-    make(folder, tmp_path).run()
+    assert make(folder, tmp_path).run().details["resumed"] == 1
     ours, theirs = tensors(tmp_path), tensors(whole)
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
     assert (tmp_path / "encoder.safetensors").read_bytes() == (whole / "encoder.safetensors").read_bytes()
@@ -130,7 +130,7 @@ def test_a_finished_run_is_left_as_it_is(folder: Path, whole: Path) -> None:
 
 def test_a_non_finite_loss_stops_with_what_is_needed_to_look_into_it(folder: Path, tmp_path: Path) -> None:
     trainer = make(folder, tmp_path)
-    step = trainer._step
+    step = trainer.take_step
 
     def poisoned(*arguments: Any) -> Any:
         if trainer.step == 5:
@@ -138,7 +138,7 @@ def test_a_non_finite_loss_stops_with_what_is_needed_to_look_into_it(folder: Pat
                 trainer.student.head.layers[0].weight[0, 0, 0] = float("nan")  # type: ignore[union-attr, index]
         return step(*arguments)
 
-    trainer._step = poisoned  # type: ignore[method-assign]
+    trainer.take_step = poisoned  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"loss is nan at step 6 \(epoch 2\).*last good checkpoint is .*training.pt"):
         trainer.run()
     listed = (tmp_path / "non_finite_batch.txt").read_text().split()

@@ -12,8 +12,8 @@ from benchmarks.formulas import SMALL
 from benchmarks.formulas import TINY as MODEL
 from mte_bench.data.sources import open_source
 from mte_bench.data.transforms import normalise
+from mte_bench.training import state
 from mte_bench.training.live import CURVES
-from pretrain import state
 from pretrain.recipe import Recipe
 from pretrain.trainer import Trainer
 
@@ -61,7 +61,7 @@ def tensors(out: Path) -> dict[str, torch.Tensor]:
         elif isinstance(value, int):
             found[path] = torch.tensor(value)
 
-    walk({key: value for key, value in state.read(out / state.NAME).items() if key != "seconds"}, "")
+    walk({key: value for key, value in state.read(out / state.NAME).items() if key not in ("seconds", "resumed")}, "")
     return found
 
 
@@ -94,14 +94,14 @@ def first_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def run_until(trainer: Trainer, stop: int) -> None:
     """Run, as if killed before step ``stop``."""
-    step = trainer._step
+    step = trainer.take_step
 
     def until(*arguments: Any) -> Any:
         if trainer.step == stop:
             raise Killed
         return step(*arguments)
 
-    trainer._step = until  # type: ignore[method-assign]
+    trainer.take_step = until  # type: ignore[method-assign]
     with pytest.raises(Killed):
         trainer.run()
 
@@ -111,7 +111,7 @@ def first_steps(trainer: Trainer, steps: int) -> list[dict[str, torch.Tensor]]:
     found: list[dict[str, torch.Tensor]] = []
     for module in (trainer.method, trainer.student, trainer.teacher):
         module.double()
-    step, update = trainer._step, trainer.update
+    step, update = trainer.take_step, trainer.update
 
     def watched(*arguments: Any) -> dict[str, float]:
         values = step(*arguments)
@@ -122,7 +122,7 @@ def first_steps(trainer: Trainer, steps: int) -> list[dict[str, torch.Tensor]]:
         found.append({name: p.grad.clone() for name, p in trainer.student.named_parameters() if p.grad is not None})
         return update(momentum)
 
-    trainer._step, trainer.update = watched, keep  # type: ignore[method-assign]
+    trainer.take_step, trainer.update = watched, keep  # type: ignore[method-assign]
     with (
         mock.patch("pretrain.trainer.normalise", lambda *arguments: normalise(*arguments).double()),
         mock.patch("pretrain.trainer.draw_views"),

@@ -206,7 +206,7 @@ def prepare(
             trained = runner()
             if not trained.started:
                 check()
-            if not trained.run() and (folder / records.RECORD_NAME).exists():
+            if not trained.train() and (folder / records.RECORD_NAME).exists():
                 return records.read_record(folder / records.RECORD_NAME) if process[0] == 0 else None
             tested = trained.model
             if process[0] == 0:

@@ -17,7 +17,7 @@ def estimate(tuner: Tuner) -> dict[str, Any]:
     side = model.encoder.spec.side
     images, targets = (
         torch.randn(count, 3, side, side, device=device),
-        torch.zeros(count, len(tuner.train.classes), device=device),
+        torch.zeros(count, len(tuner.images.classes), device=device),
     )
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -41,7 +41,7 @@ def estimate(tuner: Tuner) -> dict[str, Any]:
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         train()
-    first = tuner.train.image(0)
+    first = tuner.images.image(0)
     augment = seconds_of(lambda: tuner.augmentation(first, 0, 0)) / max(1, tuner.how.workers)
     step, forward = seconds_of(train) / count, seconds_of(evaluate) / count
     seen, evaluations = tuner.total_steps * protocol.batch_size, -(-protocol.epochs // protocol.evaluate_every)
@@ -50,8 +50,8 @@ def estimate(tuner: Tuner) -> dict[str, Any]:
     return {
         "arch": f"{model.encoder.spec.arch}, {side} px",
         "data": tuner.val.source,
-        "images": {"train": len(tuner.train), "val": len(tuner.val)},
-        "classes": len(tuner.train.classes),
+        "images": {"train": len(tuner.images), "val": len(tuner.val)},
+        "classes": len(tuner.images.classes),
         "steps": tuner.total_steps,
         "steps_per_epoch": tuner.steps_per_epoch,
         "images_per_step": f"{tuner.processes} process(es) x {protocol.accumulate} x {tuner.micro_batch}",

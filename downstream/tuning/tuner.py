@@ -1,14 +1,11 @@
-"""Fine-tuning: the loop, which can be stopped at any moment and goes on exactly where it stopped.
+"""Fine-tuning, which can be stopped at any moment and goes on exactly where it stopped.
 
-Read ``Tuner.run`` first. As in pre-training, a step's randomness comes from (seed, step) and an image's from (seed, epoch,
-image), so neither the number of workers nor a stop changes what is computed. Nor does the number of processes, but for
-mixup and CutMix, which pair the images of a micro-batch.
+Read ``Tuner.take_step`` first; the loop around it is ``mte_bench.training.loop``. As in pre-training, a step's randomness
+comes from (seed, step) and an image's from (seed, epoch, image), so neither the number of workers nor a stop changes what
+is computed. Nor does the number of processes, but for mixup and CutMix, which pair the images of a micro-batch.
 """
 
-import math
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,17 +27,13 @@ from mte_bench import distributed
 from mte_bench.console import log
 from mte_bench.data.sources import ImageSet, Subset
 from mte_bench.data.transforms import EvaluationTransform
-from mte_bench.device import autocast, peak_memory
+from mte_bench.device import autocast
 from mte_bench.encoders.checkpoint import Checkpoint, save_classifier, save_encoder
 from mte_bench.errors import UserError
 from mte_bench.files import write_text
-from mte_bench.training import state
 from mte_bench.training.batches import Key, StepSampler, load_batches, readable
-from mte_bench.training.live import Curves, LiveLine
+from mte_bench.training.loop import Loop
 from mte_bench.training.mixing import mix
-
-FORMAT = 1
-LINES_PER_EPOCH = 20
 
 
 class Batch(NamedTuple):
@@ -86,7 +79,7 @@ class Evaluated(NamedTuple):
     """Percent of the readable images."""
 
 
-class Tuner:
+class Tuner(Loop[Batch]):
     """One fine-tuning of ``checkpoint`` in the folder ``out``.
 
     ``identity`` is all that the result depends on: a run with another one is not gone on with. ``metadata`` goes into the
@@ -108,13 +101,10 @@ class Tuner:
         save_minutes: float = 10.0,
         process: tuple[int, int] = (0, 1),
     ):
-        self.protocol, self.train, self.val, self.out = protocol, train, val, out
-        self.how, self.transform, self.identity, self.metadata = how, transform, identity, metadata
-        self.save_minutes, (self.rank, self.processes) = save_minutes, process
+        self.protocol, self.images, self.val, self.how = protocol, train, val, how
+        self.transform, self.identity, self.metadata = transform, identity, metadata
+        super().__init__(out, device=how.device, precision=how.precision, save_minutes=save_minutes, process=process)
         spec = checkpoint.encoder.spec
-        self.steps_per_epoch = self._sampler().steps_per_epoch
-        self.total_steps = protocol.epochs * self.steps_per_epoch
-        self.micro_batch = protocol.batch_size // (self.processes * protocol.accumulate)
         if protocol.mixes and self.micro_batch % 2:
             raise UserError(
                 f"batch_size {protocol.batch_size} makes micro-batches of {self.micro_batch}: mixup and CutMix pair images; "
@@ -124,18 +114,9 @@ class Tuner:
         self.model = Classifier(spec, checkpoint.encoder.model.state_dict(), len(train.classes), protocol).to(how.device)
         self.ema = ModelEmaV3(self.model, protocol.ema) if protocol.ema else None
         self.optimiser = build_optimiser(self.model, protocol, how.device)
-        self.scaler = torch.amp.GradScaler(how.device.type, enabled=how.precision == torch.float16)
         self.loss = SoftTargetCrossEntropy()
-        self.step = self.resumed = 0
-        self.seconds = 0.0
-        self.corrupt: set[str] = set()
         self.best: Evaluated | None = None
         self.last: Evaluated | None = None
-
-    @property
-    def epoch(self) -> float:
-        """Epochs done, with the fraction of the current one."""
-        return self.step / self.steps_per_epoch
 
     @property
     def reported(self) -> Evaluated:
@@ -159,50 +140,51 @@ class Tuner:
             "processes": self.processes,
         }
 
-    def run(self) -> bool:
-        """Train to the end, going on where an earlier run in this folder stopped; returns whether anything was left to do."""
-        if self._restore():
-            if self.rank == 0 and self.step < self.total_steps:
-                log(f"{self.out}: going on from step {self.step} of {self.total_steps} (epoch {self.epoch:.2f})")
-        elif self.rank == 0:
-            write_text(self.out / "protocol.yaml", yaml.safe_dump(self.protocol.model_dump(mode="json"), sort_keys=False))
-        if self.step == self.total_steps and not self._unevaluated:
-            return False
-        model: Any = self.model
-        if self.processes > 1:
-            model = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False, gradient_as_bucket_view=True)
-        curves = Curves(self.out, self.step) if self.rank == 0 else None
-        started = saved = time.monotonic()
-        earlier = self.seconds
-        try:
-            batches = self._batches()
-            with LiveLine(self.total_steps, silent=self.rank != 0) as live:
-                while self.step < self.total_steps or self._unevaluated:
-                    if self._unevaluated:
-                        self._evaluate(curves)
-                        self.seconds = earlier + time.monotonic() - started
-                        self._save()
-                        saved = time.monotonic()
-                        continue
-                    values = self._step(model, live.timed(batches))
-                    self.step += 1
-                    now = time.monotonic()
-                    self.seconds = earlier + now - started
-                    live.step(self.step, self.epoch, self.protocol.batch_size, values["loss"], peak_memory(self.how.device))
-                    whole_epoch = self.step % self.steps_per_epoch == 0
-                    if curves:
-                        curves.add(values)
-                        if whole_epoch or self.step % max(1, self.steps_per_epoch // LINES_PER_EPOCH) == 0:
-                            curves.write(self.step, self.epoch)
-                    if (whole_epoch and not self._unevaluated) or now - saved > 60 * self.save_minutes:
-                        if curves:
-                            curves.write(self.step, self.epoch)  # what is not written would be lost
-                        self._save()
-                        saved = time.monotonic()
-        finally:
-            if curves:
-                curves.close()
-        return True
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """See ``Loop``."""
+        return {"model": self.model} if self.ema is None else {"model": self.model, "ema": self.ema.module}
+
+    def sampler(self) -> StepSampler:
+        """See ``Loop``."""
+        p = self.protocol
+        return StepSampler(
+            len(self.images),
+            p.batch_size,
+            p.epochs,
+            seed=p.seed,
+            first_step=self.step,
+            process=(self.rank, self.processes),
+            accumulate=p.accumulate,
+            repeats=p.repeats,
+        )
+
+    def batches(self) -> Iterator[Batch]:
+        """See ``Loop``."""
+        return load_batches(
+            Augmented(self.images, self.augmentation, self.how.allow_corrupt),
+            self.sampler(),
+            workers=self.how.workers,
+            pin_memory=self.device.type == "cuda",
+            allow_corrupt=self.how.allow_corrupt,
+        )
+
+    def wrapped(self) -> Any:
+        """See ``Loop``."""
+        return distributed.spread(self.model, gradient_as_bucket_view=True)
+
+    def describe(self) -> None:
+        """The resolved protocol."""
+        write_text(self.out / "protocol.yaml", yaml.safe_dump(self.protocol.model_dump(mode="json"), sort_keys=False))
+
+    def state(self) -> dict[str, Any]:
+        """See ``Loop``; with the evaluations that are reported."""
+        return {**super().state(), "best": _stored(self.best), "last": _stored(self.last)}
+
+    def load(self, values: dict[str, Any]) -> None:
+        """See ``Loop``."""
+        super().load(values)
+        self.best, self.last = _restored(values["best"]), _restored(values["last"])
 
     def evaluate_ema(self) -> Evaluated | None:
         """The average of the weights at the end, where one is kept that is not what was evaluated all along."""
@@ -210,7 +192,7 @@ class Tuner:
             return None
         return self._classified(self.ema.module)
 
-    def _step(self, model: Any, batches: Iterator[Batch]) -> dict[str, float]:
+    def take_step(self, model: Any, batches: Iterator[Batch]) -> dict[str, float]:
         """One optimiser step; returns its loss and learning rate."""
         protocol = self.protocol
         lr = learning_rate(protocol, self.step, self.steps_per_epoch)
@@ -225,21 +207,14 @@ class Tuner:
             images, targets = self._mixed(batch, part)
             place = slice(part * self.micro_batch, (part + 1) * self.micro_batch)
             keep = None if draws is None else draws[:, place].to(self.how.device)
-            whole = micro == protocol.accumulate - 1 or self.processes == 1
-            with nullcontext() if whole else model.no_sync():
+            with self.micro_step(model, micro):
                 with autocast(self.how.device, self.how.precision):
                     loss = self.loss(model(images, keep).float(), targets)
                 self.scaler.scale(loss / protocol.accumulate).backward()
             total += loss.detach() / protocol.accumulate
         value = float(distributed.summed(total, self.how.device)) / self.processes
-        if not math.isfinite(value):
-            raise UserError(
-                f"the loss is {value} at step {self.step + 1} (epoch {int(self.epoch) + 1}); "
-                "try a lower lr or --precision float32"
-            )
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.refuse_non_finite(value, "a lower lr")
+        self.update_weights()
         if self.ema is not None:
             self.ema.update(self.model)
         return {"loss": value, "lr": lr}
@@ -251,7 +226,7 @@ class Tuner:
         return mix(
             images,
             labels,
-            len(self.train.classes),
+            len(self.images.classes),
             self._chance(part + 1),
             mixup=p.mixup,
             cutmix=p.cutmix,
@@ -263,49 +238,19 @@ class Tuner:
         """A seed for what is drawn in this step for the whole batch or, from 1, for a part of it."""
         return (self.protocol.seed << 40) + (part << 32) + self.step
 
-    def _sampler(self, first_step: int = 0) -> StepSampler:
-        p = self.protocol
-        return StepSampler(
-            len(self.train),
-            p.batch_size,
-            p.epochs,
-            seed=p.seed,
-            first_step=first_step,
-            process=(self.rank, self.processes),
-            accumulate=p.accumulate,
-            repeats=p.repeats,
-        )
+    def measures(self, epoch: int) -> bool:
+        """Whether there is an evaluation after so many epochs."""
+        return epoch > 0 and (epoch % self.protocol.evaluate_every == 0 or epoch == self.protocol.epochs)
 
-    def _batches(self) -> Iterator[Batch]:
-        return load_batches(
-            Augmented(self.train, self.augmentation, self.how.allow_corrupt),
-            self._sampler(self.step),
-            workers=self.how.workers,
-            pin_memory=self.how.device.type == "cuda",
-            allow_corrupt=self.how.allow_corrupt,
-        )
-
-    @property
-    def _unevaluated(self) -> bool:
-        """Whether an epoch has ended after which there should be an evaluation that has not been done."""
-        epoch, rest = divmod(self.step, self.steps_per_epoch)
-        due = epoch > 0 and (epoch % self.protocol.evaluate_every == 0 or epoch == self.protocol.epochs)
-        return due and rest == 0 and (self.last is None or self.last.epoch < epoch)
-
-    def _evaluate(self, curves: Curves | None) -> None:
+    def measure(self) -> None:
         """Evaluate on val, and keep weights and predictions if they are to be reported so far."""
         ema = self.ema if self.protocol.evaluates == "ema" else None
         model = self.model if ema is None else ema.module
-        try:
-            self.last = self._classified(model)
-        except UserError:  # a val image that cannot be read is no reason to lose the epoch
-            if self.processes == 1:
-                self._save()
-            raise
+        self.last = self._classified(model)
         better = self.best is None or self.last.top1 > self.best.top1
         self.best = self.last if self.best is None or better else self.best
-        if curves:
-            curves.line({"step": self.step, "epoch": self.epoch, "top1": self.last.top1})
+        if self.curves:
+            self.curves.line({"step": self.step, "epoch": self.epoch, "top1": self.last.top1})
             log(f"\nepoch {self.epoch:.0f}: top-1 {self.last.top1:.2f} % (best {self.best.top1:.2f} %)")
             if better if self.protocol.reports == "best" else self.step == self.total_steps:
                 self._export(model)
@@ -313,7 +258,7 @@ class Tuner:
     def _classified(self, model: nn.Module) -> Evaluated:
         """``model`` on val, whose images are spread over the processes."""
         own = np.arange(self.rank, len(self.val), self.processes)
-        ranked = np.full((len(own), min(TOP, len(self.train.classes))), -1)
+        ranked = np.full((len(own), min(TOP, len(self.images.classes))), -1)
         model.eval()
         place = 0
         with torch.inference_mode(), autocast(self.how.device, self.how.precision):
@@ -339,40 +284,7 @@ class Tuner:
         metadata = {**self.metadata, "epoch": round(self.epoch), "epochs": self.protocol.epochs}
         save_encoder(self.out / "encoder.safetensors", model.encoder, metadata)
         norm = model.fc_norm if self.protocol.pool == "mean" else None
-        save_classifier(self.out / "classifier.safetensors", model.head, self.train.classes, metadata, norm)
-
-    def _save(self) -> None:
-        if self.rank == 0:
-            values = {
-                "identity": self.identity,
-                "step": self.step,
-                "model": self.model.state_dict(),
-                "ema": None if self.ema is None else self.ema.module.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "seconds": self.seconds,
-                "corrupt": sorted(self.corrupt),
-                "resumed": self.resumed,
-                "best": _stored(self.best),
-                "last": _stored(self.last),
-            }
-            state.write(self.out, FORMAT, values)
-        distributed.barrier()
-
-    def _restore(self) -> bool:
-        values = state.read_own(self.out, FORMAT, self.identity)
-        if values is None:
-            return False
-        self.model.load_state_dict(values["model"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(values["ema"])
-        self.optimiser.load_state_dict(values["optimiser"])
-        self.scaler.load_state_dict(values["scaler"])
-        self.step, self.seconds = values["step"], values["seconds"]
-        self.corrupt.update(values["corrupt"])
-        self.best, self.last = _restored(values["best"]), _restored(values["last"])
-        self.resumed = values["resumed"] + (self.step < self.total_steps or self._unevaluated)
-        return True
+        save_classifier(self.out / "classifier.safetensors", model.head, self.images.classes, metadata, norm)
 
 
 def _stored(found: Evaluated | None) -> dict[str, Any] | None:

@@ -9,15 +9,17 @@ from mte_bench.errors import UserError
 from mte_bench.files import atomic
 
 NAME = "training.pt"
+FORMAT = 1
+"""Version of the layout."""
 
 
-def write(folder: Path, version: int, state: dict[str, Any]) -> None:
-    """Write ``state``, which has its ``identity``, into ``folder`` atomically; ``version`` is of its layout."""
+def write(folder: Path, state: dict[str, Any]) -> None:
+    """Write ``state``, which has its ``identity``, into ``folder`` atomically."""
     with atomic(folder / NAME) as path:
-        torch.save({"format": version, **state}, path)
+        torch.save({"format": FORMAT, **state}, path)
 
 
-def read_own(folder: Path, version: int, identity: dict[str, Any]) -> dict[str, Any] | None:
+def read_own(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The state of the run in ``folder`` that stopped; None if there is none.
 
     Raises ``UserError`` if that run had another ``identity`` (settings, data, seed), naming each difference.
@@ -25,7 +27,7 @@ def read_own(folder: Path, version: int, identity: dict[str, Any]) -> dict[str, 
     path = folder / NAME
     if not path.exists():
         return None
-    state = read(path, version)
+    state = read(path)
     different = differences(state["identity"], identity)
     if different:
         raise UserError(
@@ -35,15 +37,15 @@ def read_own(folder: Path, version: int, identity: dict[str, Any]) -> dict[str, 
     return state
 
 
-def read(path: Path, version: int) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     """The state in ``path``, never executing code from it; raises ``UserError`` if it is none."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a broken file
         raise UserError(f"{path}: not a training state ({str(error).splitlines()[0]}); remove the file to start anew") from error
-    if not isinstance(state, dict) or state.get("format") != version:
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: a training state of another version; remove the file to start anew")
-    return state
+    return {"measured": state["step"], "resumed": 0, **state}  # the first runs' states are without these two
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
