@@ -26,42 +26,40 @@ def average_precision(found: Bools, counted: Bools, weights: Weights, objects: N
     are to be found. NaN where there is none.
     """
     precision, recall = np.zeros((2, len(found), len(weights)))
-    usual = counted[-1]  # of most detections it depends on no threshold whether they count: what differs is added below
-    total = _running(weights, usual)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        for t in range(len(found)):
-            right = np.flatnonzero(found[t])
-            if not len(right):
-                continue
-            seen = _at(total, np.flatnonzero(usual), right)
-            more, less = np.flatnonzero(counted[t] & ~usual), np.flatnonzero(usual & ~counted[t])
-            for rows, sign in ((more, 1), (less, -1)):
-                if len(rows):
-                    seen = seen + sign * _at(_running(weights, rows), rows, right)
-            hits = _running(weights, right)
-            recalls = hits / objects[:, None]
-            envelope = np.maximum.accumulate((hits / (seen + _TINY))[:, ::-1], axis=1)[:, ::-1]
-            reached = _thresholds_reached(recalls)
-            precision[t] = (envelope * np.diff(reached, axis=1, prepend=0)).sum(axis=1) / len(RECALLS)
-            recall[t] = recalls[:, -1]
+    union = np.flatnonzero(found.any(axis=0))
+    usual = np.flatnonzero(counted[-1])  # of most detections it depends on no threshold whether they count
+    drawn, seen_by_most = np.take(weights, union, axis=1), _up_to(weights, usual, union)
+    to_find = objects[:, None].astype(np.float64)
+    for t in range(len(found)):
+        places = np.flatnonzero(found[t, union])
+        if not len(places):
+            continue
+        seen = np.take(seen_by_most, places, axis=1)
+        for rows, sign in ((counted[t] & ~counted[-1], 1), (counted[-1] & ~counted[t], -1)):
+            if rows.any():
+                seen += sign * _up_to(weights, np.flatnonzero(rows), union[places])
+        hits = np.cumsum(np.take(drawn, places, axis=1), axis=1, dtype=np.int32).astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            recalls = hits / to_find
+        hits /= seen + _TINY
+        envelope = np.maximum.accumulate(hits[:, ::-1], axis=1)[:, ::-1]
+        reached = _thresholds_reached(recalls)
+        area = envelope[:, 0] * reached[:, 0] + np.einsum("bm,bm->b", envelope[:, 1:], reached[:, 1:] - reached[:, :-1])
+        precision[t], recall[t] = area / len(RECALLS), recalls[:, -1]
     precision[:, objects == 0], recall[:, objects == 0] = np.nan, np.nan
     return precision, recall
 
 
-def _running(weights: Weights, rows: NDArray[np.generic]) -> Weights:
-    """``b m``: of some detections, how many there are up to each."""
-    return np.cumsum(weights[:, rows], axis=1, dtype=np.int32)
-
-
-def _at(running: Weights, rows: NDArray[np.int64], places: NDArray[np.int64]) -> Weights:
-    """``b m``: the running sum over the detections at ``rows`` up to and with each of ``places``."""
+def _up_to(weights: Weights, rows: NDArray[np.int64], places: NDArray[np.int64]) -> Weights:
+    """``b m``: how many of the detections at ``rows`` there are up to and with each of ``places``."""
+    whole = len(rows) == weights.shape[1]
+    running = np.cumsum(weights if whole else np.take(weights, rows, axis=1), axis=1, dtype=np.int32)
     last = np.searchsorted(rows, places, side="right") - 1
-    found = np.take(running, np.maximum(last, 0), axis=1) if len(rows) else np.zeros((len(running), len(places)), np.int32)
-    found[:, last < 0] = 0
-    return found
+    first = int(np.searchsorted(last, 0))  # places are in ascending order: what lies before all rows comes first
+    return np.concatenate([np.zeros((len(weights), first), np.int32), np.take(running, last[first:], axis=1)], axis=1)
 
 
-def _thresholds_reached(recalls: Floats) -> NDArray[np.int64]:
-    """How many of ``RECALLS`` are no larger: ``searchsorted`` to the last bit, and faster. What is not finite reaches one."""
-    nearest = np.rint(np.nan_to_num(recalls, posinf=0.0) * (len(RECALLS) - 1)).astype(np.intp)
-    return nearest + (RECALLS[nearest] <= recalls)
+def _thresholds_reached(recalls: Floats) -> Floats:
+    """How many of ``RECALLS`` are no larger, to the last bit."""
+    nearest = np.rint(recalls * (len(RECALLS) - 1))
+    return nearest + (nearest * RECALLS[1] <= recalls)  # RECALLS are multiples of their step in this arithmetic too

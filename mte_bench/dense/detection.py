@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -168,7 +169,20 @@ class DetectedImages:
             for what, (own, _) in zip(Matches._fields, read, strict=True):
                 same_rows(f"{kind}_{what}", own, rows)
             matches[kind] = Matches(*(values for _, values in read))
-        return cls(names, classes, Objects(object_rows, object_labels, counted), rows, labels, scores, matches)
+        images = cls(names, classes, Objects(object_rows, object_labels, counted), rows, labels, scores, matches)
+        images._check()
+        return images
+
+    def _check(self) -> None:
+        """Raise ``ValueError`` if more is found of a class in an image than there is."""
+        k, size = len(self.classes), len(self.names) * len(self.classes)
+        places = self.rows * k + self.labels
+        for bit, (kind, matches) in product(range(IOUS * len(SIZES)), self.matches.items()):
+            objects = self.objects.counted >> bit // IOUS & 1 > 0
+            there = np.bincount((self.objects.rows * k + self.objects.labels)[objects], minlength=size)
+            right = (matches.found & ~matches.ignored) >> bit & 1 > 0
+            if (np.bincount(places[right], minlength=size) > there).any():
+                raise ValueError(f"the column {kind}_found says that more is found than there is")
 
 
 def _bits(bits: NDArray[np.int64], size: int) -> NDArray[np.bool_]:
