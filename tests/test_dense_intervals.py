@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from downstream.dense.detection_metrics import KINDS, Kind, detected_images, detection_metrics
 from downstream.dense.instances import Instances
 from mte_bench.data.sources import open_source
+from mte_bench.dense.average_precision import _thresholds_reached
 from mte_bench.dense.detection import NAMES, DetectedImages
 from mte_bench.dense.files import read_images, write_images
 from mte_bench.dense.resampling import digest, draw_weights, how_made, interval_of, intervals, stated
@@ -146,6 +148,11 @@ def test_resampled_images_give_cocos_numbers_of_a_data_set_that_holds_them_so_of
                 assert ours[name][draw] == pytest.approx(value, rel=1e-12) or (value == -100 and np.isnan(ours[name][draw])), name
 
 
+def test_precision_is_read_where_coco_reads_it_to_the_last_bit() -> None:
+    recalls = np.concatenate([np.arange(n + 1) / n for n in range(1, 700)])
+    assert np.array_equal(_thresholds_reached(recalls), np.searchsorted(np.linspace(0, 1, 101), recalls, side="right"))
+
+
 def test_of_more_than_a_hundred_detections_those_that_count_are_kept(
     coco: tuple[Json, list[Json], DetectedImages], tmp_path: Path
 ) -> None:
@@ -221,6 +228,14 @@ def test_an_interval_is_as_wide_as_the_spread_over_new_images(tmp_path: Path) ->
     spread = np.std([values(sample)["bbox_mAP_50"] for sample in samples], ddof=1)
     widths = [high - low for low, high in (intervals(sample)["bbox_mAP_50"] for sample in samples[:2])]
     assert 0.6 < np.mean(widths) / (2 * 1.96 * spread) < 1.6
+
+
+def test_more_found_than_there_is_is_refused(coco: tuple[Json, list[Json], DetectedImages], tmp_path: Path) -> None:
+    images = coco[2]
+    fewer = replace(images, objects=images.objects._replace(counted=0 * images.objects.counted))
+    write_images(tmp_path / "images.parquet", fewer)
+    with pytest.raises(ValueError, match="more is found than there is"):
+        read_images(tmp_path / "images.parquet")
 
 
 @pytest.mark.parametrize(("mistake", "said"), [
