@@ -1,7 +1,8 @@
 """The baseline file of a regression gate: of each cell what is needed to judge a new measurement without the old run.
 
 A cell is the main metric of one record. With it are kept who was right on which image, a bit each, and a hash of the images'
-names, so that a new measurement is compared image by image.
+names, so that a new measurement is compared image by image. Of a dense record it is the metric on resampled images: the
+new measurement is taken on the same resamples.
 """
 
 import base64
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, NonNegativeFloat
 
+from mte_bench.dense.resampling import DRAWS, Floats
 from mte_bench.errors import UserError, did_you_mean
 from mte_bench.files import write_json
 from mte_bench.settings import Settings
@@ -28,7 +30,11 @@ TOLERANCE = 0.5  # percentage points
 
 
 class Cell(Settings):
-    """One metric of one encoder, in percent; ``right`` holds a bit for each image in the order of their names, packed, base64."""
+    """One metric of one encoder, in percent.
+
+    ``right`` holds a bit for each image in the order of their names, packed; ``drawn``, of dense records, the metric on each
+    resample of the images as float32; both in base64.
+    """
 
     task: str
     metric: str
@@ -48,8 +54,9 @@ class Cell(Settings):
     value: float
     n: int = Field(ge=0)
     images: str | None
-    """Hash of the images' names."""
+    """Hash of the images' names; of a dense record, of how often each was drawn too."""
     right: str | None
+    drawn: str | None = None
 
     @property
     def role(self) -> tuple[object, ...]:
@@ -82,6 +89,16 @@ class Cell(Settings):
         found = np.unpackbits(packed, count=self.n).astype(bool) if len(packed) == -(-self.n // 8) else None
         if found is None or abs(100 * found.sum() - self.value * self.n) > 0.01 * self.n:
             raise ValueError(f"'right' does not hold {self.value:.2f} % of {self.n} images")
+        return found
+
+    def draws(self) -> Floats | None:
+        """``b``: the metric on each resample; raises ``ValueError`` if ``drawn`` is not that."""
+        if self.drawn is None:
+            return None
+        packed = base64.b64decode(self.drawn, validate=True)
+        found = np.frombuffer(packed, "<f4").astype(np.float64) if len(packed) == 4 * DRAWS else None
+        if found is None or not np.isfinite(found).any() or np.nanmin(found) < 0 or np.nanmax(found) > 100 + 1e-3:
+            raise ValueError(f"'drawn' does not hold {DRAWS} values in percent")
         return found
 
 
@@ -126,6 +143,8 @@ def _cell(entry: Entry, predictions: Predictions) -> Cell:
     name = headline(record)
     found = predictions.of(entry, name)
     found = None if found is None else found.by_name()
+    dense = predictions.resamples.of(entry)
+    drawn = None if dense is None or name not in dense.overall else dense.overall[name]
     nameless = "" if is_random(subject) else PurePath(subject.checkpoint).name
     return Cell(
         task=record.task,
@@ -144,8 +163,9 @@ def _cell(entry: Entry, predictions: Predictions) -> Cell:
         seed=subject.seed,
         value=record.metrics[name].value,
         n=record.metrics[name].n,
-        images=None if found is None else found.images_hash,
+        images=found.images_hash if found else dense.digest if dense else None,
         right=None if found is None else base64.b64encode(np.packbits(found.right).tobytes()).decode(),
+        drawn=None if drawn is None else base64.b64encode(drawn.astype("<f4").tobytes()).decode(),
     )
 
 
@@ -165,6 +185,7 @@ def read_baseline(path: str | Path) -> Baseline:
     for index, cell in enumerate(baseline.cells):
         try:
             cell.bits()
+            cell.draws()
         except (ValueError, binascii.Error) as error:
             raise UserError(f"{path}: cells.{index} ({cell.name}): {error}; restore the file or use --update") from error
     return baseline

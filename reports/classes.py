@@ -1,14 +1,16 @@
-"""Class by class: where B is right more often than A, and on which images."""
+"""Class by class: where B is right more often than A and on which images, or where its IoU or average precision is higher."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mte_bench.dense.resampling import interval_of
 from reports.collect import Entry
 from reports.predictions import Answers, Predictions
+from reports.resamples import is_dense
 
 MOST_EXAMPLES = 6
 
@@ -41,43 +43,70 @@ class ClassChange:
         """``b - a`` in percentage points."""
         return 100 * (self.gained - self.lost) / self.images
 
+    def values(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "class": self.name,
+            "images": self.images,
+            "a": self.a,
+            "b": self.b,
+            "difference": self.difference,
+            "gained": self.gained,
+            "lost": self.lost,
+            "examples_gained": [example.name for example in self.winning],
+            "examples_lost": [example.name for example in self.losing],
+        }
+
 
 @dataclass(frozen=True)
-class Classes:
+class DenseChange:
+    """One class of a dense task: its IoU, accuracy or average precision in percent; ``images`` hold it."""
+
+    name: str
+    images: int
+    a: float
+    b: float
+    interval: tuple[float, float] | None
+    """Of the difference, 95 % over images, paired."""
+
+    @property
+    def difference(self) -> float:
+        """``b - a`` in percentage points."""
+        return self.b - self.a
+
+    def values(self) -> dict[str, Any]:
+        """As plain values."""
+        values = {"class": self.name, "images": self.images, "a": self.a, "b": self.b}
+        return {**values, "difference": self.difference, "ci95": self.interval}
+
+
+C = TypeVar("C", ClassChange, DenseChange)
+
+
+@dataclass(frozen=True)
+class Classes(Generic[C]):
     """Every class that has images, in the order of their names' list."""
 
-    every: tuple[ClassChange, ...]
+    every: tuple[C, ...]
 
-    def winners(self, most: int) -> list[ClassChange]:
+    def winners(self, most: int) -> list[C]:
         """The classes that gain most, at most so many."""
         gaining = [change for change in self.every if change.difference > 0]
         return sorted(gaining, key=lambda change: -change.difference)[:most]
 
-    def losers(self, most: int) -> list[ClassChange]:
+    def losers(self, most: int) -> list[C]:
         """The classes that lose most, at most so many."""
         losing = [change for change in self.every if change.difference < 0]
         return sorted(losing, key=lambda change: change.difference)[:most]
 
-    def values(self) -> list[dict[str, Any]]:
-        """As plain values."""
-        return [
-            {
-                "class": change.name,
-                "images": change.images,
-                "a": change.a,
-                "b": change.b,
-                "difference": change.difference,
-                "gained": change.gained,
-                "lost": change.lost,
-                "examples_gained": [example.name for example in change.winning],
-                "examples_lost": [example.name for example in change.losing],
-            }
-            for change in self.every
-        ]
+
+AnyClasses = Classes[ClassChange] | Classes[DenseChange]
 
 
-def class_changes(a: Sequence[Entry], b: Sequence[Entry], metric: str, predictions: Predictions) -> Classes | None:
+def class_changes(a: Sequence[Entry], b: Sequence[Entry], metric: str, predictions: Predictions) -> AnyClasses | None:
     """Each class under the encoders of ``a`` and of ``b``, means over each; None unless all were asked the same images."""
+    if all(is_dense(entry.record) for entry in (*a, *b)):
+        return _dense_changes(a, b, metric, predictions)
     found: list[list[Answers]] = []
     for entries in (a, b):
         answers = [read.by_name() for entry in entries if (read := predictions.answers(entry, metric)) is not None]
@@ -91,6 +120,22 @@ def class_changes(a: Sequence[Entry], b: Sequence[Entry], metric: str, predictio
     said = found[0][0].predicted, found[1][0].predicted
     labels = np.unique(first.labels[first.labels >= 0])
     return Classes(tuple(_class(int(label), first, mean_a, mean_b, said) for label in labels))
+
+
+def _dense_changes(a: Sequence[Entry], b: Sequence[Entry], metric: str, predictions: Predictions) -> Classes[DenseChange] | None:
+    """None also for a metric that is no mean over classes."""
+    found = predictions.resamples.together([*a, *b])
+    if found is None or metric not in found[0].class_values:
+        return None
+    sides = found[: len(a)], found[len(a) :]
+    before, after = (np.mean([item.class_values[metric] for item in side], axis=0) for side in sides)
+    drawn_a, drawn_b = (np.mean([item.class_draws[metric] for item in side], axis=0) for side in sides)
+    changes = [
+        DenseChange(name, int(found[0].holding[k]), float(before[k]), float(after[k]), interval_of(drawn_b[k] - drawn_a[k]))
+        for k, name in enumerate(found[0].classes)
+        if found[0].holding[k] and np.isfinite(before[k]) and np.isfinite(after[k])
+    ]
+    return Classes(tuple(changes))
 
 
 def _same_questions(answers: Answers, first: Answers) -> bool:

@@ -88,7 +88,8 @@ def check(
 ) -> int:
     """Compare records with a baseline; exit code 1 if a cell fell, is missing or cannot be compared.
 
-    A cell fell if it lost more than the tolerance and McNemar's test finds the loss significant (p < 0.05).
+    A cell fell if it lost more than the tolerance and McNemar's test finds the loss significant (p < 0.05); mIoU and mAP, if
+    the 95 % interval of their change lies below 0.
     """
     from pathlib import Path
 

@@ -6,6 +6,7 @@ from math import lcm
 
 import numpy as np
 
+from mte_bench.dense.resampling import interval_of
 from mte_bench.statistics import bootstrap_ci, mcnemar, paired_bootstrap
 from reports.collect import SEED, Entry
 from reports.predictions import Predictions
@@ -39,7 +40,7 @@ class SeedDifference:
     value: float
     interval: tuple[float, float] | None
     p_value: float | None
-    """McNemar's test on this seed's images."""
+    """McNemar's test on this seed's images; None for what is no share of right images."""
 
     @property
     def difference(self) -> float:
@@ -79,8 +80,12 @@ def summarise(cell: Mapping[SEED, Entry], metric: str, predictions: Predictions)
     if len(seeds) == 1:
         known = first.ci95 is not None and np.isfinite(first.ci95).all()
         return Value(first.value, first.ci95 if known else None, seeds, first.n)
-    right = predictions.stacked(list(measured.values()), metric)
-    interval = None if right is None else _points(bootstrap_ci(right.sum(axis=0)), len(right))
+    entries = list(measured.values())
+    if (drawn := predictions.resampled(entries, metric)) is not None:
+        interval = interval_of(drawn.mean(axis=0))
+    else:
+        right = predictions.stacked(entries, metric)
+        interval = None if right is None else _points(bootstrap_ci(right.sum(axis=0)), len(right))
     return Value(float(np.mean([value for _, value in seeds])), interval, seeds, first.n)
 
 
@@ -116,6 +121,8 @@ def _interval(
     ours: Sequence[Entry], theirs: Sequence[Entry], metric: str, predictions: Predictions
 ) -> tuple[float, float] | None:
     """The paired interval of the difference of two means over encoders; None if images cannot be paired."""
+    if (drawn := predictions.resampled([*ours, *theirs], metric)) is not None:
+        return interval_of(drawn[: len(ours)].mean(axis=0) - drawn[len(ours) :].mean(axis=0))
     right = predictions.stacked([*ours, *theirs], metric)
     if right is None:
         return None
@@ -129,8 +136,10 @@ def _interval(
 
 def _one_seed(seed: SEED, entry: Entry, plain: Entry, metric: str, predictions: Predictions) -> SeedDifference:
     right = predictions.stacked([entry, plain], metric)
-    interval, p_value = None, None
-    if right is not None:
+    p_value = None
+    if right is None:
+        interval = _interval([entry], [plain], metric, predictions)
+    else:
         interval, p_value = _points(paired_bootstrap(*right)[1:], 1), mcnemar(*right)
     before, after = (item.record.metrics[metric].value for item in (plain, entry))
     return SeedDifference(seed, before, after, interval, p_value)

@@ -6,7 +6,8 @@ from typing import Any
 
 from mte_bench.console import log, show_table
 from mte_bench.files import write_json
-from reports.classes import ClassChange
+from mte_bench.records import Data
+from reports.classes import AnyClasses, ClassChange, DenseChange
 from reports.compare import Value
 from reports.examples import draw_examples
 from reports.figures import FOLDER
@@ -21,6 +22,9 @@ SCHEMA_VERSION = 1
 SHOWN_CLASSES = 5  # winners and losers on the terminal
 SHOWN_PAIRS = 4  # with more of them the terminal shows no classes
 PICTURED = 3  # winners and losers with pictures
+CLASS_COLUMNS = ("Class", "n", "A", "B", "B − A", "only B right", "only A right")
+DENSE_COLUMNS = ("Class", "images", "A", "B", "B − A [95 %]")
+METRIC_COLUMNS = ("Metric", "A", "B", "B − A [95 %]")
 
 
 def show(pairs: Pairs, a: str, b: str) -> None:
@@ -43,6 +47,7 @@ def show(pairs: Pairs, a: str, b: str) -> None:
     show_table(f"A = {a}, B = {b} (percent; ± over seeds)", columns, rows)
     if len(pairs.found) <= SHOWN_PAIRS:
         for pair in pairs.found:
+            _show_metrics(pair)
             _show_classes(pair)
     else:
         log(f"classes of {len(pairs.found)} comparisons: write them with --out DIR, or see --json")
@@ -53,24 +58,50 @@ def show(pairs: Pairs, a: str, b: str) -> None:
         log(f"left out: {line}")
 
 
+def _show_metrics(pair: Pair) -> None:
+    """Of a dense task, whose numbers are many."""
+    if pair.metrics:
+        title = f"{pair.measure.name}, {encoders(pair)}: every metric"
+        show_table(title, ["metric", *METRIC_COLUMNS[1:]], [list(row) for row in _metric_rows(pair)])
+
+
+def _metric_rows(pair: Pair) -> list[tuple[str, ...]]:
+    return [
+        (m.name, number(m.a), number(m.b), f"{plus_minus(m.b - m.a)} {interval(m.interval, signed=True)}") for m in pair.metrics
+    ]
+
+
 def _show_classes(pair: Pair) -> None:
     if pair.classes is None:
-        log(f"{pair.measure.name}, {encoders(pair)}: no classes, as predictions of the same images are not beside both records")
+        log(f"{pair.measure.name}, {encoders(pair)}: no classes, as {_why_no_classes(pair)}")
         return
     changes = [*pair.classes.winners(SHOWN_CLASSES), *reversed(pair.classes.losers(SHOWN_CLASSES))]
     rows = []
     for change in changes:
-        examples = change.winning if change.difference > 0 else change.losing
-        accuracies = [number(change.a), number(change.b), plus_minus(change.difference)]
-        shown = ", ".join(example.name for example in examples[:2])
-        rows.append([change.name, change.images, *accuracies, *_counts(change), shown])
-    columns = ["class", "n", "A", "B", "B − A", "only B right", "only A right", "for example"]
-    title = f"{pair.measure.name}, {encoders(pair)}: classes that gain and lose most, of {len(pair.classes.every)}"
-    show_table(title, columns, rows)
+        cells = _class_cells(change)
+        if isinstance(change, ClassChange):
+            examples = change.winning if change.difference > 0 else change.losing
+            cells = (*cells, ", ".join(example.name for example in examples[:2]))
+        rows.append(list(cells))
+    dense = any(isinstance(change, DenseChange) for change in pair.classes.every)
+    columns = [*(DENSE_COLUMNS if dense else CLASS_COLUMNS), *([] if dense else ["for example"])]
+    by = f" in {pair.measure.metric}" if dense else ""
+    title = f"{pair.measure.name}, {encoders(pair)}: classes that gain and lose most{by}, of {len(pair.classes.every)}"
+    show_table(title, [columns[0].lower(), *columns[1:]], rows)
 
 
-def _counts(change: ClassChange) -> list[str]:
-    return [f"{change.gained:.4g}", f"{change.lost:.4g}"]
+def _why_no_classes(pair: Pair) -> str:
+    if pair.metrics:
+        return f"{pair.measure.metric} is no mean over classes"
+    return "predictions of the same images are not beside both records"
+
+
+def _class_cells(change: ClassChange | DenseChange) -> tuple[str, ...]:
+    """As ``CLASS_COLUMNS`` or ``DENSE_COLUMNS`` says."""
+    shared = (change.name, f"{change.images:,}", number(change.a), number(change.b))
+    if isinstance(change, DenseChange):
+        return (*shared, f"{plus_minus(change.difference)} {interval(change.interval, signed=True)}")
+    return (*shared, plus_minus(change.difference), f"{change.gained:.4g}", f"{change.lost:.4g}")
 
 
 def _value(value: Value) -> str:
@@ -110,10 +141,11 @@ def write(pairs: Pairs, a: str, b: str, out: str | Path, pictures: bool = True) 
     sections = []
     for index, pair in enumerate(pairs.found):
         section: dict[str, Any] = {"title": plain_text(f"{pair.measure.name} on {data_text(pair)}: {encoders(pair)}")}
-        section |= {"summary": _summary(pair), "classes": _class_table(pair), "pictures": []}
+        section |= {"summary": _summary(pair), "metrics": _metric_table(pair), "classes": _class_table(pair), "pictures": []}
+        section["why"] = plain_text(_why_no_classes(pair))
         if pictures and pair.classes is not None:
             stem = f"{FOLDER}/{PREFIX}{index + 1}-{slug(data_title(pair.data.source))}"
-            section["pictures"] = _pictures(pair, out, stem)
+            section["pictures"] = _pictures(pair.classes, pair.data, out, stem)
             found += [file for file, _ in section["pictures"]]
         sections.append(section)
     for path in (out / FOLDER).glob(f"{PREFIX}*"):
@@ -170,36 +202,36 @@ def _summary(pair: Pair) -> Table | None:
     return Table(("Seed", "A", "B", "B − A [95 %]", "McNemar p"), rows, "rrrrr")
 
 
+def _metric_table(pair: Pair) -> Table | None:
+    """Every metric of a dense task; None for others."""
+    return Table(METRIC_COLUMNS, tuple((code(row[0]), *row[1:]) for row in _metric_rows(pair)), "lrrr") if pair.metrics else None
+
+
 def _class_table(pair: Pair) -> Table | None:
-    """Every class and their total."""
+    """Every class, those first that gain most."""
     if pair.classes is None:
         return None
-    every = sorted(pair.classes.every, key=lambda change: -change.difference)
-    rows = [
-        (
-            plain_text(change.name),
-            f"{change.images:,}",
-            number(change.a),
-            number(change.b),
-            plus_minus(change.difference),
-            *_counts(change),
-        )
-        for change in every
-    ]
-    return Table(("Class", "n", "A", "B", "B − A", "only B right", "only A right"), tuple(rows), "lrrrrrr")
+    every: list[ClassChange | DenseChange] = sorted(pair.classes.every, key=lambda change: -change.difference)
+    dense = any(isinstance(change, DenseChange) for change in every)
+    rows = [(plain_text(change.name), *_class_cells(change)[1:]) for change in every]
+    columns = DENSE_COLUMNS if dense else CLASS_COLUMNS
+    return Table(columns, tuple(rows), "l" + "r" * (len(columns) - 1))
 
 
-def _pictures(pair: Pair, out: Path, stem: str) -> list[tuple[str, str]]:
+def _pictures(classes: AnyClasses, data: Data, out: Path, stem: str) -> list[tuple[str, str]]:
     """Files and what they show: images of the classes that gain and lose most; none where they cannot be opened."""
-    assert pair.classes is not None
     drawn = []
     for name, what, changes in (
-        ("gained", "right in B alone", pair.classes.winners(PICTURED)),
-        ("lost", "right in A alone", pair.classes.losers(PICTURED)),
+        ("gained", "right in B alone", classes.winners(PICTURED)),
+        ("lost", "right in A alone", classes.losers(PICTURED)),
     ):
-        rows = [(change.name, change.winning if name == "gained" else change.losing) for change in changes]
+        rows = [
+            (change.name, change.winning if name == "gained" else change.losing)
+            for change in changes
+            if isinstance(change, ClassChange)
+        ]
         file = f"{stem}-{name}.png"
-        if rows and draw_examples(pair.data, rows, out / file):
-            classes = ", ".join(title for title, _ in rows)
-            drawn.append((file, plain_text(f"Images {what}, of {classes}; below each what A and what B says")))
+        if rows and draw_examples(data, rows, out / file):
+            titles = ", ".join(title for title, _ in rows)
+            drawn.append((file, plain_text(f"Images {what}, of {titles}; below each what A and what B says")))
     return drawn

@@ -2,14 +2,18 @@
 
 A cell fails when it fell by more than the tolerance **and** McNemar's test says that the fall is not chance (two-sided
 p < 0.05). The test is exact in the numbers of images that changed sides, no random number enters the verdict, and equal
-predictions can never fail. Where images cannot be paired the tolerance alone decides. A cell that is gone, or was measured by
+predictions can never fail. mIoU and mAP are no shares of right images: there the paired interval of the change takes the
+place of the test (95 % over images, the same 1,000 resamples for both, which the images' names decide), and a change is more than
+chance if 0 lies outside. Where images cannot be paired the tolerance alone decides. A cell that is gone, or was measured by
 another protocol or on other data, fails too: nothing can be said of it. New cells are named and do not fail.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import NamedTuple
 
+from mte_bench.dense.resampling import interval_of
 from mte_bench.statistics import mcnemar, paired_bootstrap
 from reports.baseline import Baseline, Cell, repeats
 
@@ -90,19 +94,40 @@ def judge(before: Cell | None, now: Cell | None, tolerance: float, seed: int = 0
     remark = "" if before.recipe_hash == now.recipe_hash else "the recipe's settings have changed"
     fall = before.value - now.value
     more = fall > tolerance + _ROUNDING
-    right = before.bits(), now.bits()
-    if right[0] is None or right[1] is None or before.images != now.images:
-        why = "no predictions image by image" if None in (before.right, now.right) else "predictions are of other images"
+    sure = _sure(before, now, seed)
+    if sure is None:
+        missing = any(cell.right is None and cell.drawn is None for cell in (before, now))
+        why = "no predictions image by image" if missing else "predictions are of other images"
         status = Status.FELL if more else Status.SAME
         return replace(known, status=status, reason=_joined(f"{why}: judged by the tolerance alone", remark))
-    p_value = mcnemar(right[1], right[0])
-    low, high = paired_bootstrap(right[1], right[0], seed)[1:]
-    known = replace(known, interval=(100 * low, 100 * high), p_value=p_value, reason=remark)
+    known = replace(known, interval=sure.interval, p_value=sure.p_value, reason=remark)
     if more:
-        status = Status.FELL if p_value < LEVEL else Status.CHANCE
-        return replace(known, status=status)
-    better = -fall > tolerance + _ROUNDING and p_value < LEVEL
+        return replace(known, status=Status.FELL if sure.changed else Status.CHANCE)
+    better = -fall > tolerance + _ROUNDING and sure.changed
     return replace(known, status=Status.BETTER if better else Status.SAME)
+
+
+class Sure(NamedTuple):
+    """What the images say of a change."""
+
+    changed: bool
+    """Whether it is more than chance."""
+    interval: tuple[float, float] | None
+    p_value: float | None = None
+
+
+def _sure(before: Cell, now: Cell, seed: int) -> Sure | None:
+    """None where images cannot be paired."""
+    if before.images is None or before.images != now.images:
+        return None
+    right, drawn = (before.bits(), now.bits()), (before.draws(), now.draws())
+    if right[0] is not None and right[1] is not None:
+        p_value = mcnemar(right[1], right[0])
+        low, high = paired_bootstrap(right[1], right[0], seed)[1:]
+        return Sure(p_value < LEVEL, (100 * low, 100 * high), p_value)
+    if drawn[0] is not None and drawn[1] is not None and (ends := interval_of(drawn[1] - drawn[0])) is not None:
+        return Sure(not ends[0] <= 0 <= ends[1], ends)
+    return None
 
 
 def _data(cell: Cell) -> str:

@@ -9,18 +9,30 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from mte_bench.dense.resampling import interval_of
 from mte_bench.errors import UserError
 from mte_bench.records import Data
-from reports.classes import Classes, class_changes
-from reports.collect import Collection, Measure, Row, collect, data_tables, images_key
+from reports.classes import AnyClasses, class_changes
+from reports.collect import Collection, Entry, Measure, Row, collect, data_tables, images_key
 from reports.compare import Comparison, Value, compare_any, summarise
 from reports.markdown import link_text
 from reports.naming import data_title
 from reports.predictions import Predictions
 
 Cell = tuple[Data, Measure, Row]
+
+
+class MetricChange(NamedTuple):
+    """A metric of a dense task, means over seeds in percent, and the paired interval of ``b - a`` over images."""
+
+    name: str
+    a: float
+    b: float
+    interval: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -34,8 +46,10 @@ class Pair:
     values: tuple[Value, Value]
     change: Comparison
     """B minus A."""
-    classes: Classes | None
+    classes: AnyClasses | None
     """None where there are no predictions of the same images."""
+    metrics: tuple[MetricChange, ...] = ()
+    """Of dense records every metric that both have, ``change`` among them."""
 
     @property
     def images(self) -> int:
@@ -113,7 +127,19 @@ def _pair(a: Cell, b: Cell, metric: str | None, predictions: Predictions) -> Pai
         [cell[seed] for seed in common or [seed for seed, _ in value.seeds]]
         for cell, value in zip(cells, (before, after), strict=True)
     )
-    return Pair(data, measure, row, other, (before, after), change, class_changes(ours, theirs, metric, predictions))
+    classes = class_changes(ours, theirs, metric, predictions)
+    return Pair(data, measure, row, other, (before, after), change, classes, _metric_changes(ours, theirs, predictions))
+
+
+def _metric_changes(a: list[Entry], b: list[Entry], predictions: Predictions) -> tuple[MetricChange, ...]:
+    """Empty for records that are not dense, or of other images."""
+    found = []
+    for name in a[0].record.metrics:
+        if (drawn := predictions.resampled([*a, *b], name)) is not None:
+            before, after = (float(np.mean([entry.record.metrics[name].value for entry in side])) for side in (a, b))
+            ends = interval_of(drawn[len(a) :].mean(axis=0) - drawn[: len(a)].mean(axis=0))
+            found.append(MetricChange(name, before, after, ends))
+    return tuple(found)
 
 
 def _called(cell: Cell) -> str:
@@ -157,7 +183,11 @@ def _pair_values(pair: Pair) -> dict[str, Any]:
                 {"seed": s.seed, "a": s.plain, "b": s.value, "ci95": s.interval, "mcnemar_p": s.p_value} for s in change.seeds
             ],
         },
-        "classes": pair.classes and pair.classes.values(),
+        "classes": pair.classes and [change.values() for change in pair.classes.every],
+        "metrics": {
+            change.name: {"a": change.a, "b": change.b, "difference": change.b - change.a, "ci95": change.interval}
+            for change in pair.metrics
+        },
     }
 
 

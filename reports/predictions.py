@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mte_bench.dense.resampling import Floats
 from mte_bench.records import PREDICTIONS_NAME, Metric
 from reports.collect import Entry, Unusable
+from reports.resamples import Resamples, is_dense
 
 Counts = NDArray[np.int64]
 """Of images: how many encoders are right. Whole numbers, so that no rounding enters a bootstrap."""
@@ -67,7 +69,7 @@ class Answers:
 
 
 class Predictions:
-    """Who was right on which image, read once from each file beside a record.
+    """Who was right on which image, read once from each file beside a record; of dense records the resampled numbers.
 
     What is wrong with a file goes to ``unusable``; a record that names no file, or whose file is not there, just has none.
     Kept is a byte per image and record: names are shared by the records that have the same.
@@ -77,6 +79,7 @@ class Predictions:
         self.unusable = unusable
         self.known: dict[tuple[Path, str], Right | None] = {}
         self.names: dict[bytes, Any] = {}
+        self.resamples = Resamples(unusable)
 
     def stacked(self, entries: Sequence[Entry], metric: str) -> Counts | None:
         """``entries n``: each entry on the same images; None if one has no predictions or other images."""
@@ -86,6 +89,13 @@ class Predictions:
         if not _same_images(found):
             found = [right.by_name() for right in found]
         return np.stack([item.right for item in found]).astype(np.int64) if _same_images(found) else None
+
+    def resampled(self, entries: Sequence[Entry], metric: str) -> Floats | None:
+        """``entries b``: a dense metric on the same resamples of images, in percent; None as for ``stacked``."""
+        found = self.resamples.together(list(entries))
+        if found is None or any(metric not in item.overall for item in found):
+            return None
+        return np.stack([item.overall[metric] for item in found])
 
     def of(self, entry: Entry, metric: str) -> Right | None:
         """Who is right by ``entry``; None if there is no usable file."""
@@ -102,7 +112,7 @@ class Predictions:
     def answers(self, entry: Entry, metric: str) -> Answers | None:
         """All of the file of ``entry``, which is not kept; None if there is no usable one."""
         path = _path(entry)
-        if not path.is_file():
+        if is_dense(entry.record) or not path.is_file():
             return None
         try:
             return _read(path, metric, entry.record.metrics[metric])

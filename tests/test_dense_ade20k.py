@@ -23,6 +23,9 @@ from downstream.job import Opened
 from mte_bench import cli
 from mte_bench.data.scenes import CLASSES
 from mte_bench.data.scenes_formats import write_scenes
+from mte_bench.dense.files import read_images
+from mte_bench.dense.resampling import stated
+from mte_bench.dense.segmentation import SegmentedImages
 from mte_bench.files import sha256_file
 from mte_bench.records import Record, read_record
 from tests.tiny import Killed
@@ -84,14 +87,17 @@ def test_the_record_says_what_the_pngs_say(run: tuple[Path, Record], data: Path)
 def test_one_folder_holds_everything(run: tuple[Path, Record]) -> None:
     out, record = run
     assert {path.name for path in out.iterdir()} == {
-        "curves.jsonl", "model.safetensors", "predictions", "protocol.yaml", "record.json", "segmentations.png", "tensorboard",
-        "training.pt",
+        "curves.jsonl", "images.parquet", "model.safetensors", "predictions", "protocol.yaml", "record.json", "segmentations.png",
+        "tensorboard", "training.pt",
     }  # fmt: skip
     assert read_record(out / "record.json") == record
     assert record.data.images == {"train": 8, "val": 3}
     assert record.details["trained"]["steps"] == 3
     assert Image.open(out / record.files["picture"]).size[0] > 500
     assert json.loads((out / "curves.jsonl").read_text().splitlines()[-1])["step"] == 3
+    images = read_images(out / (record.predictions or ""))
+    assert stated(images).overall["mIoU"][0] == record.metrics["mIoU"].value
+    assert record.details["interval"]["images"] == 3
 
 
 def test_a_suite_knows_that_it_is_done(run: tuple[Path, Record], data: Path) -> None:
@@ -181,7 +187,8 @@ def test_the_interval_holds_the_mean_over_many_images() -> None:
     truth = generator.integers(0, 4, (40, 16, 16)).astype(np.uint8)
     right = generator.random(truth.shape) < 0.7
     found = np.where(right, truth, (truth + 1) % 4)
-    metrics = segmentation_metrics(np.stack([counts_of(f, t, 4) for f, t in zip(found, truth, strict=True)]))
+    counts = np.stack([counts_of(f, t, 4) for f, t in zip(found, truth, strict=True)])
+    metrics = segmentation_metrics(SegmentedImages(tuple(map(str, range(40))), tuple("abcd"), counts))
     low, high = metrics["aAcc"].ci95 or (0, 0)
     error = 100 * (right.mean((1, 2)).std() / 40**0.5)
     assert metrics["aAcc"].value == pytest.approx(100 * right.mean())

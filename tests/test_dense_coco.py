@@ -15,13 +15,16 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from downstream.dense.batches import ShapedSteps
-from downstream.dense.detection_metrics import NAMES, detection_metrics
+from downstream.dense.detection_metrics import detection_metrics
 from downstream.dense.instances import Instances
 from downstream.dense.pictures import decoded_mask
 from downstream.dense.runner import Runner
 from mte_bench import cli
 from mte_bench.data.scenes_formats import write_scenes
 from mte_bench.data.sources import open_source
+from mte_bench.dense.detection import NAMES
+from mte_bench.dense.files import read_images
+from mte_bench.dense.resampling import intervals, stated
 from mte_bench.errors import UserError
 from mte_bench.records import Record
 from tests.tiny import Killed
@@ -96,11 +99,17 @@ def test_the_record_says_what_coco_says_of_its_json(run: tuple[Path, Record], da
 def test_one_folder_holds_everything(run: tuple[Path, Record]) -> None:
     out, record = run
     assert {path.name for path in out.iterdir()} == {
-        "curves.jsonl", "detections.png", "model.safetensors", "predictions.bbox.json", "predictions.segm.json", "protocol.yaml",
-        "record.json", "tensorboard", "training.pt",
+        "curves.jsonl", "detections.png", "images.parquet", "model.safetensors", "predictions.bbox.json", "predictions.segm.json",
+        "protocol.yaml", "record.json", "tensorboard", "training.pt",
     }  # fmt: skip
     assert record.data.images == {"train": 8, "val": 3}
     assert (record.details["trained"]["steps"], record.data.classes) == (2, 2)
+    images = read_images(out / (record.predictions or ""))
+    assert {name: value[0] for name, value in stated(images).overall.items()} == pytest.approx(
+        {name: metric.value for name, metric in record.metrics.items()}
+    )
+    assert {name: metric.ci95 for name, metric in record.metrics.items()} == intervals(images)
+    assert record.details["interval"]["resamples"] == 1000
     assert Image.open(out / record.files["picture"]).size[0] > 500
 
 

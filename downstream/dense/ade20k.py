@@ -23,6 +23,9 @@ from downstream.dense.task import Context, DenseTask, Outcome
 from downstream.features import Pass
 from mte_bench import distributed
 from mte_bench.data.sources import ImageSet, Split
+from mte_bench.dense.files import write_images
+from mte_bench.dense.resampling import IMAGES_NAME, how_made
+from mte_bench.dense.segmentation import SegmentedImages
 from mte_bench.device import autocast
 from mte_bench.encoders.encoder import EncoderSpec
 from mte_bench.errors import UserError
@@ -207,7 +210,7 @@ def segment(model: Any, views: list[View], how: Pass) -> NDArray[np.int64]:
 
 
 def evaluate(model: Any, p: SegmentationProtocol, val: Pairs, context: Context) -> Outcome:
-    """Segment all images, write a PNG of each (numbers as in the data's own), and compare with the truth."""
+    """Segment all images, write a PNG of each (numbers as in the data's own) and what each adds to the numbers."""
     rank = context.process[0]
     folder = context.folder / PREDICTIONS
     unfinished = context.folder / f".{PREDICTIONS}"
@@ -230,15 +233,17 @@ def evaluate(model: Any, p: SegmentationProtocol, val: Pairs, context: Context) 
         raise UserError(f"{val.images.source}: none of the {len(val.images)} val images can be read")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.replace(folder)
-    table = np.stack([counts[index] for index in sorted(counts)])
+    names = tuple(val.images.name(index) for index in sorted(counts))
+    images = SegmentedImages(names, val.classes, np.stack([counts[index] for index in sorted(counts)]))
+    write_images(context.folder / IMAGES_NAME, images)
     files = {"predictions": PREDICTIONS}
     if context.shown:
         files["picture"] = "segmentations.png"
         chosen = np.linspace(0, len(counts) - 1, min(context.shown, len(counts))).round().astype(int)
         shown = [_segmented(val, sorted(counts)[place], folder) for place in chosen]
         draw_segmentations(context.folder / files["picture"], shown, val.classes, f"{len(shown)} of {len(counts)} val images")
-    details = {"per_class": class_table(table, val.classes)}
-    return Outcome(segmentation_metrics(table), details, files, sorted(lost.values()))
+    details = {"per_class": class_table(images), "interval": how_made(images)}
+    return Outcome(segmentation_metrics(images), details, files, sorted(lost.values()))
 
 
 def _segmented(val: Pairs, index: int, folder: Path) -> Segmented:

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from downstream.dense.batches import bgr, tested
 from downstream.dense.coco_settings import DetectionProtocol, Test, model_config, transforms
-from downstream.dense.detection_metrics import KINDS, detection_metrics, result_entries
+from downstream.dense.detection_metrics import KINDS, Kind, Matched, detected_images, detection_metrics, result_entries
 from downstream.dense.instances import Instances
 from downstream.dense.pictures import Detected, draw_detections
 from downstream.dense.task import Context, DenseTask, Outcome
 from downstream.features import Pass
 from mte_bench import distributed
 from mte_bench.data.sources import ImageSet, Split
+from mte_bench.dense.files import write_images
+from mte_bench.dense.resampling import IMAGES_NAME, how_made, intervals
 from mte_bench.device import autocast
 from mte_bench.errors import UserError
 from mte_bench.files import write_text
@@ -84,6 +86,7 @@ def evaluate(model: Any, p: DetectionProtocol, val: Instances, context: Context)
     everything = [entry for index in indices for entry in entries[index]]
     files: dict[str, str] = {}
     metrics: dict[str, Metric] = {}
+    matched: dict[Kind, Matched] = {}
     details: dict[str, Any] = {"detections": len(everything), "without_truth": [], "per_class": {}}
     for kind in KINDS:
         unused = "segmentation" if kind == "bbox" else "bbox"  # with its box, a mask would count as large as that
@@ -92,8 +95,14 @@ def evaluate(model: Any, p: DetectionProtocol, val: Instances, context: Context)
         write_text(context.folder / files[f"predictions_{kind}"], json.dumps(results))
         found = detection_metrics(val, indices, results, kind)
         metrics |= found.metrics
+        matched[kind] = found.matched
         details["per_class"][f"{kind}_mAP"] = found.per_class
         details["without_truth"] += found.without_truth
+    images = detected_images(val, indices, everything, matched)
+    write_images(context.folder / IMAGES_NAME, images)
+    ends = intervals(images)
+    metrics = {name: metric.model_copy(update={"ci95": ends.get(name)}) for name, metric in metrics.items()}
+    details["interval"] = how_made(images)
     if context.shown:
         files["picture"] = "detections.png"
         chosen = np.linspace(0, len(indices) - 1, min(context.shown, len(indices))).round().astype(int)

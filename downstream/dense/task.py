@@ -31,6 +31,7 @@ from downstream.features import Pass
 from downstream.job import Job, Opened
 from mte_bench import distributed, records
 from mte_bench.data.sources import SPLITS, ImageSet, Split, parse_source
+from mte_bench.dense.resampling import IMAGES_NAME
 from mte_bench.device import peak_memory
 from mte_bench.encoders.checkpoint import Checkpoint
 from mte_bench.encoders.encoder import Encoder, EncoderSpec, fresh_encoder
@@ -66,7 +67,7 @@ class Context(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What an evaluation found."""
+    """What an evaluation found; it has written ``images.parquet``."""
 
     metrics: dict[str, Metric]
     details: dict[str, Any]
@@ -236,6 +237,7 @@ def prepare(
                 images_per_second=round(len(val.images) / seconds, 2),
                 peak_memory_bytes=peak_memory(how.device),
             ),
+            predictions=IMAGES_NAME,
             files={**outcome.files, **({"model": MODEL_NAME, "curves": CURVES} if trained else {})},
             details={
                 **outcome.details,
