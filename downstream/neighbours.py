@@ -2,10 +2,11 @@
 
 The rule of ``auto``: on a CPU FAISS finds the neighbours of many queries at once, and few are searched in tiles
 (``mte_bench.knn_search``), each where ``benchmarks/knn_scale.py`` found it ahead; only in tiles where torch and FAISS each
-bring an OpenMP runtime that does not bear the other (macOS). CUDA devices take FAISS where its GPU build is installed and finds so many neighbours, else torch. ``cuda:1`` is
-that one device; ``cuda`` is all that are visible: each searches a share of the bank, and the best of all shares are kept.
-Whatever proposes, the neighbours are the same, because ``mte_bench.knn_vote.refine`` decides. The searches on CUDA have not
-run on such devices yet: what is tested is the sharing, on CPUs, and the rule.
+bring an OpenMP runtime that does not bear the other (macOS). CUDA devices take FAISS where its GPU build is installed and
+finds so many neighbours, else torch. ``cuda:1`` is that one device; ``cuda`` is all that are visible: each searches a share
+of the bank, and the best of all shares are kept. Whatever proposes, the neighbours are the same, because
+``mte_bench.knn_vote.refine`` decides. The searches on CUDA have not run on such devices yet: what is tested is the sharing, on
+CPUs, and the rule.
 """
 
 import sys

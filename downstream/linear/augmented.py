@@ -118,5 +118,7 @@ class AugmentedProtocol(LinearProtocol):
             seconds = time.perf_counter() - began
         sets = 2 if r > 1 else 1
         steps = self.view_passes(train) * train / self.batch_size
-        values = sets * (2 + bool(self.clip or self.nesterov or self.trust)) * r * classes * width + 2 * r * classes * self.batch_size
+        values = (
+            sets * (2 + bool(self.clip or self.nesterov or self.trust)) * r * classes * width + 2 * r * classes * self.batch_size
+        )
         return TaskEstimate(sets * steps * seconds, 4 * values)

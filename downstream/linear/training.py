@@ -13,8 +13,9 @@ Among several processes the views of a step are shared out. Their features are g
 the heads on all of them: what travels is a batch of features and not the gradients of all heads.
 
 Sources: DINO ``eval_linear.py``, iBOT ``eval_linear_multi.py``, MoCo v3 ``main_lincls.py``, MoBY ``moby_linear.py``,
-DINOv2 ``linear.py``, MAE ``main_linprobe.py``; the protocol files say which has which settings. Different on purpose: all heads start from the same
-weights, the images of a step do not depend on the number of processes, and none is taken twice to fill up a batch.
+DINOv2 ``linear.py``, MAE ``main_linprobe.py``; the protocol files say which has which settings. Different on purpose: all heads
+start from the same weights, the images of a step do not depend on the number of processes, and none is taken twice to fill up
+a batch.
 """
 
 import math
