@@ -307,7 +307,7 @@ def evaluation_transform(checkpoint: Checkpoint, protocol: ImageProtocol) -> Eva
     """How the images come to the encoder of ``checkpoint``."""
     spec = checkpoint.encoder.spec
     transform = EvaluationTransform.for_size(spec.side, spec.mean, spec.std)
-    stated = {key: getattr(protocol, key, None) for key in ("resize", "interpolation")}
+    stated = {key: getattr(protocol, key, None) for key in ("resize", "interpolation", "decode")}
     changes = {key: value for key, value in stated.items() if value is not None}
     return EvaluationTransform.check({**transform.model_dump(), **changes}, f"protocol: {', '.join(changes)}")
 

@@ -31,7 +31,7 @@ from mte_bench.encoders.encoder import Encoder
 from mte_bench.errors import CorruptImage, UserError
 from mte_bench.files import cache_folder
 
-CODE_VERSION = 1
+CODE_VERSION = 2  # 1: images of 16 bits a pixel were white
 """Part of every key: raise it when the same images and weights give other features than before."""
 
 COMMIT_SECONDS = 10.0  # a kill loses at most so much work
@@ -292,7 +292,8 @@ class _Decoded(Dataset[tuple[Tensor, Corrupt | None]]):
     """The transformed images from ``start`` on; a blank one and the reason where the file cannot be decoded."""
 
     def __init__(self, images: ImageSet, transform: EvaluationTransform, start: int):
-        self.images, self.transform, self.start = images, transform, start
+        self.images = images.reduced(transform.resize) if transform.decode == "reduced" else images
+        self.transform, self.start = transform, start
 
     def __len__(self) -> int:
         return len(self.images) - self.start

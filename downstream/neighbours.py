@@ -1,12 +1,15 @@
-"""What looks for the neighbours, and where: tiles on a CPU, FAISS or torch on one accelerator or several.
+"""What looks for the neighbours, and where: FAISS or tiles on a CPU, FAISS or torch on one accelerator or several.
 
-The rule of ``auto``: a CPU searches in tiles (``mte_bench.knn_search``), which ``benchmarks/knn_scale.py`` found ahead of
-FAISS there. CUDA devices take FAISS where its GPU build is installed and finds so many neighbours, else torch. ``cuda:1`` is
-that one device; ``cuda`` is all that are visible: each searches a share of the bank, and the best of all shares are kept.
-Whatever proposes, the neighbours are the same, because ``mte_bench.knn_vote.refine`` decides. The searches on CUDA have not
-run on such devices yet: what is tested is the sharing, on CPUs, and the rule.
+The rule of ``auto``: on a CPU FAISS finds the neighbours of many queries at once, and few are searched in tiles
+(``mte_bench.knn_search``), each where ``benchmarks/knn_scale.py`` found it ahead; only in tiles where torch and FAISS each
+bring an OpenMP runtime that does not bear the other (macOS). CUDA devices take FAISS where its GPU build is installed and
+finds so many neighbours, else torch. ``cuda:1`` is that one device; ``cuda`` is all that are visible: each searches a share
+of the bank, and the best of all shares are kept. Whatever proposes, the neighbours are the same, because
+``mte_bench.knn_vote.refine`` decides. The searches on CUDA have not run on such devices yet: what is tested is the sharing, on
+CPUs, and the rule.
 """
 
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,6 +23,7 @@ from mte_bench.knn_search import PLAIN_ROWS, Nearest, Propose, best_of, plain, p
 
 LIBRARIES = ("auto", "tiles", "torch", "faiss")
 _MOST_ON_GPU = 2048  # neighbours that FAISS selects on a GPU
+_MANY = 512  # queries; FAISS 1.15 takes five times as long for each of 300 or fewer as for each of 400 or more
 
 
 def proposer(library: str, device: torch.device, m: int) -> tuple[str, Propose]:
@@ -30,6 +34,8 @@ def proposer(library: str, device: torch.device, m: int) -> tuple[str, Propose]:
     if library not in LIBRARIES:
         raise UserError(f"k-NN library '{library}': one of {', '.join(LIBRARIES)}{did_you_mean(library, LIBRARIES)}")
     cuda = device.type == "cuda"
+    if library == "auto" and not cuda and sys.platform == "linux":
+        return "faiss or tiles", _on_cpu
     if library == "auto":
         library = "tiles" if not cuda else "faiss" if _faiss_on_gpu(m) else "torch"
     if library == "tiles" and cuda:
@@ -41,6 +47,13 @@ def proposer(library: str, device: torch.device, m: int) -> tuple[str, Propose]:
     if library == "tiles":
         return library, propose_in_tiles
     return library, partial(_on_devices, devices=_devices(device), library=_faiss if library == "faiss" else _torch)
+
+
+def _on_cpu(queries: Tensor, bank: Bank, m: int) -> tuple[Tensor, Tensor]:
+    """The faster ``Propose`` of a CPU for so many queries."""
+    if len(queries) < _MANY:
+        return propose_in_tiles(queries, bank, m)
+    return propose_by_blocks(queries, bank.blocks(PLAIN_ROWS), m, _faiss(bank.device))
 
 
 def _faiss_on_gpu(m: int) -> bool:
@@ -77,7 +90,10 @@ def _on_devices(
 
 
 def _faiss(device: torch.device) -> Nearest:
-    """FAISS's exact search by inner product on ``device``, without the copy of the bank that an index makes."""
+    """FAISS's exact search by inner product on ``device``, without the copy of the bank that an index makes.
+
+    On a CPU it takes as many threads as torch.
+    """
     import faiss
 
     metric = faiss.METRIC_INNER_PRODUCT
@@ -87,6 +103,7 @@ def _faiss(device: torch.device) -> Nearest:
         find = partial(faiss.knn, metric=metric)
 
     def nearest(queries: Tensor, block: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        faiss.omp_set_num_threads(torch.get_num_threads())  # which OpenMP keeps for each thread of Python apart
         values, places = find(queries.cpu().numpy(), block.cpu().numpy(), k)
         return torch.from_numpy(values).to(device), torch.from_numpy(places).to(device)
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 
 from downstream.features import Pass
 from mte_bench.data.sources import ImageSet
@@ -50,6 +51,9 @@ class FeatureProtocol(ImageProtocol):
     feature: str
     """A kind of ``downstream.features``; ``global`` is the global token after the final norm. ``published`` is what DINO's
     and iBOT's linear probes take of the architecture. Where several kinds are compared, they are separated by commas."""
+    decode: Literal["full", "reduced"] = Field("full", exclude_if=lambda decode: decode == "full")
+    """``reduced`` decodes a JPEG at a half, a quarter or an eighth of its size where its shorter side stays at least
+    ``resize``: faster, of other pixels, and so of other features. Augmented views and pictures are of whole images."""
 
     @property
     def views(self) -> bool:

@@ -1,5 +1,6 @@
 """One look for every picture: colour-blind-safe, labelled, legible in light and dark pages."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,9 @@ def picture(path: str | Path, width: float = 6.4, height: float = 4.0) -> Iterat
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        with atomic(path) as temporary:
+        with atomic(path) as temporary, warnings.catch_warnings():
+            # A name in a script that the font lacks is drawn as boxes; a line of our code on the terminal would not help.
+            warnings.filterwarnings("ignore", "Glyph .* missing from")
             figure.savefig(temporary, metadata={"Software": None})
 
 

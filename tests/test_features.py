@@ -6,6 +6,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import functional as F
 
 from downstream import feature_store, features
 from downstream.features import Pass, extract, extracted
-from mte_bench.data.sources import ImageSet
+from mte_bench.data.sources import ImageSet, open_source
 from mte_bench.data.transforms import EvaluationTransform
 from mte_bench.encoders.encoder import EncoderSpec, build_encoder
 from mte_bench.errors import CorruptImage, UserError
@@ -103,6 +106,32 @@ def test_kinds_of_one_pass_get_what_each_needs(tmp_path):
     assert np.array_equal(together["cls-last2"][:, 32:], together["cls-last1"])
 
 
+def test_reduced_decoding_is_features_of_smaller_jpegs(tmp_path):
+    """The half that libjpeg gives, taken by torchvision's transforms; the other setting takes the whole."""
+    folder = tmp_path / "data" / "val"
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(256, size=(9, 12, 3), dtype=np.uint8)
+    photograph = Image.fromarray(pixels).resize((60, 46), Image.Resampling.BICUBIC)
+    photograph.save(folder / "a.jpg", quality=95)
+    images, model = open_source(str(tmp_path / "data"), "val"), encoder()
+    found = {
+        decode: extract(model, "w", images, TRANSFORM.model_copy(update={"decode": decode}), how=how(tmp_path / "cache")).arrays[
+            "global"
+        ]
+        for decode in ("full", "reduced")
+    }
+    for decode, size in (("full", (60, 46)), ("reduced", (30, 23))):
+        with Image.open(folder / "a.jpg") as image:
+            if decode == "reduced":
+                image.draft(None, size)
+            assert image.size == size
+            seen = F.center_crop(F.resize(image, TRANSFORM.resize, F.InterpolationMode.BICUBIC), TRANSFORM.crop)
+        batch = F.normalize(F.to_tensor(seen), SPEC.mean, SPEC.std).unsqueeze(0)
+        with torch.inference_mode():
+            assert np.array_equal(found[decode], model(batch).global_token.numpy())
+    assert 0 < np.abs(found["full"] - found["reduced"]).max() < 0.5
+
+
 def test_workers_change_nothing(tmp_path, whole):
     found = extract(encoder(), "w", Drawn(), TRANSFORM, how=how(tmp_path, workers=2))
     assert np.array_equal(found.arrays["global"], whole)
@@ -118,6 +147,7 @@ def test_whatever_determines_a_feature_is_part_of_its_key(tmp_path):
     assert not cached(weights="other")
     assert not cached(images=Drawn(8, fingerprint="other"))
     assert not cached(transform=TRANSFORM.model_copy(update={"resize": 16}))
+    assert not cached(transform=TRANSFORM.model_copy(update={"decode": "reduced"}))
     assert not cached(precision=torch.bfloat16)
     assert not cached(feature_dtype="float16")
     assert not cached(feature_dtype="float32", precision=torch.bfloat16)
@@ -355,3 +385,38 @@ def test_a_full_disk_is_one_clear_line_and_loses_nothing_that_was_done(tmp_path,
     assert 0 < len(decoded(tmp_path / "log")) < 96
     expected = done(start, tmp_path / "other" / "cache")
     assert all(np.array_equal(found[kind], expected[kind]) for kind in expected)
+
+
+PEAK = """
+import sys
+import numpy as np, torch
+from pathlib import Path
+from test_features import SPEC, Drawn, how
+from downstream.features import extract
+from mte_bench.data.transforms import EvaluationTransform
+from mte_bench.encoders.encoder import build_encoder
+
+torch.manual_seed(0)
+wide = SPEC.model_copy(update={"patch_size": 2, "options": {"embed_dim": 192, "depth": 1, "num_heads": 3}})
+images, transform = Drawn(int(sys.argv[1])), EvaluationTransform.for_size(16, SPEC.mean, SPEC.std)
+found = extract(build_encoder(wide).eval(), "w", images, transform, ["patches", "global"], how(Path(sys.argv[2])))
+assert all(isinstance(rows, np.memmap) for rows in found.arrays.values())
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM:")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_ten_times_the_images_take_the_same_memory(tmp_path):
+    """Of features that would fill as much memory again, in a process of its own each: the most that it ever held, in KiB."""
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    peaks = []
+    for count in (500, 5_000):
+        command = [sys.executable, "-c", PEAK, str(count), str(tmp_path / str(count))]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=root, env=environment)
+        peaks.append(int(done.stdout))
+    written = sum(path.stat().st_size for path in (tmp_path / "5000").glob("*/features.npy")) / 1024
+    print(f"peak memory in MiB: {peaks[0] / 1024:.0f}, {peaks[1] / 1024:.0f}; features in MiB: {written / 1024:.0f}")
+    assert peaks[1] < 1.2 * peaks[0]
+    assert written > 0.4 * peaks[0]  # twice what the bound leaves room for

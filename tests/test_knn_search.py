@@ -147,7 +147,9 @@ def test_the_library_is_chosen_by_the_rule(monkeypatch):
     def chosen(*arguments):
         return neighbours.proposer(*arguments)[0]
 
-    assert (chosen("auto", cpu, 42), chosen("auto", torch.device("mps"), 42)) == ("tiles", "tiles")
+    for platform, name in (("linux", "faiss or tiles"), ("darwin", "tiles")):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert (chosen("auto", cpu, 42), chosen("auto", torch.device("mps"), 42)) == (name, name)
     assert chosen("auto", cuda, 42) == "torch"  # FAISS is here without GPUs
     monkeypatch.setattr("faiss.get_num_gpus", lambda: 1)
     monkeypatch.setattr("faiss.StandardGpuResources", object, raising=False)
@@ -158,6 +160,20 @@ def test_the_library_is_chosen_by_the_rule(monkeypatch):
         chosen("tiles", cuda, 42)
     with pytest.raises(UserError, match=r"'tile': one of auto, tiles, torch, faiss.*did you mean 'tiles'"):
         chosen("tile", cpu, 42)
+
+
+def test_many_queries_go_to_faiss_and_few_to_tiles(monkeypatch):
+    rows, asked = BANKS["noise"]
+    expected = KNN(k=(5,), library="torch").fit(rows, np.zeros(len(rows), int)).neighbours(asked)
+    taken = []
+    for module, name in ((neighbours, "propose_in_tiles"), (neighbours, "_faiss")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=original, n=name: taken.append(n) or f(*a))
+    for many in (len(asked), len(asked) + 1):
+        monkeypatch.setattr(neighbours, "_MANY", many)
+        found = KNN(k=(5,)).fit(rows, np.zeros(len(rows), int)).neighbours(asked)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert taken == (["_faiss", "propose_in_tiles"] if sys.platform == "linux" else ["propose_in_tiles"] * 2)
 
 
 def test_cuda_without_a_number_is_every_device(monkeypatch):

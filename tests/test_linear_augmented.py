@@ -53,7 +53,7 @@ def trained(data, folder, name="ibot-sweep", changes=SMALL, **options):
 
 def heads(run):
     trainers = {f"{sweep.kind} {name}": trainer for sweep in run.sweeps for name, trainer in sweep.trainers.items()}
-    return {name: torch.cat([t.heads.weight.flatten(1), t.heads.bias], 1) for name, t in trainers.items()}
+    return {name: torch.cat([t.ready.weight.flatten(1), t.ready.bias], 1) for name, t in trainers.items()}
 
 
 def plain_view(image, numbers, size, view):
@@ -125,6 +125,7 @@ GRID = (*SMALL, "feature=cls-last1, cls-last2+patch-mean", "steps_per_epoch=null
 @pytest.mark.parametrize(("name", "changes", "checkpoint"), [
     ("dinov2-grid", GRID, ENCODER),
     ("moby", ("epochs=3", "batch_size=16", "warmup_epochs=1"), SWIN),
+    ("mae", ("epochs=3", "batch_size=16", "warmup_epochs=1", "norm_batch=8", "rates=[1.0, 9.0]"), ENCODER),
 ])  # fmt: skip
 def test_stopped_after_an_epoch_or_within_one_it_ends_with_the_same_heads(data, tmp_path, monkeypatch, name, changes, checkpoint):
     whole, expected = trained(data, tmp_path / "whole", name, changes, checkpoint=checkpoint)

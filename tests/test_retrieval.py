@@ -21,6 +21,7 @@ from downstream.task import Outcome, Split
 from mte_bench.cli import run
 from mte_bench.data.sources import ImageSet, open_source
 from mte_bench.data.transforms import EvaluationTransform
+from mte_bench.plotting import picture
 from mte_bench.records import read_record
 
 ENCODER = "random:vit_tiny_patch16_224?image_size=16&patch_size=8&embed_dim=32&depth=2&num_heads=2"
@@ -171,6 +172,12 @@ def test_the_picture_frames_what_is_right_and_shows_every_class(tmp_path: Path, 
 def command(data: Path, out: Path, *arguments: str) -> Any:
     options = ("--data", str(data), "--out", str(out), "--workers", "0", "--device", "cpu", "--cache", str(out.parent / "cache"))
     return run(["retrieval", ENCODER, *options, *arguments])
+
+
+def test_a_name_that_the_font_lacks_is_no_line_on_the_terminal(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    with picture(tmp_path / "picture.png") as figure:
+        figure.add_subplot().set_title("\N{CJK UNIFIED IDEOGRAPH-732B}")
+    assert (tmp_path / "picture.png").stat().st_size and not recwarn.list
 
 
 def test_the_command_leaves_a_record_with_neighbours_and_a_picture(folder: Path, tmp_path: Path) -> None:

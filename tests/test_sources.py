@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,6 +152,16 @@ def test_a_link_to_a_folder_above_ends(folder: Path) -> None:
     assert len(open_source(str(folder), "train")) >= 15
 
 
+def test_a_link_that_leads_nowhere_is_an_image_that_is_missing(folder: Path) -> None:
+    there = len(open_source(str(folder), "train"))
+    (folder / "train" / "ant" / "lost.jpg").symlink_to("nowhere.jpg")
+    images = open_source(str(folder), "train")
+    assert len(images) == there + 1
+    (lost,) = [index for index in range(len(images)) if images.name(index).endswith("lost.jpg")]
+    with pytest.raises(CorruptImage, match=r"lost\.jpg: not readable as an image \(No such file"):
+        images.image(lost)
+
+
 # --- fingerprints, subsets, pickles ---------------------------------------------------------------------------------
 
 
@@ -228,7 +239,7 @@ def test_a_pickled_set_gives_the_same_images_and_is_small(kind: str, folder: Pat
 # --- decoding -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "1", "rotated"])
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "rotated"])
 def test_every_kind_of_file_is_decoded_as_torchvision_does(mode: str, folder: Path) -> None:
     image, path = picture(3), folder / "train" / "ant" / "000.jpg"
     path.unlink()
@@ -240,12 +251,44 @@ def test_every_kind_of_file_is_decoded_as_torchvision_does(mode: str, folder: Pa
         image.convert(mode).save(path)
     else:
         path = path.with_suffix(".png")
-        grey = np.asarray(image.convert("L")).astype(np.uint16) * 257
-        (Image.fromarray(grey) if mode == "I;16" else image.convert(mode)).save(path)
+        image.convert(mode).save(path)
     images = open_source(str(folder), "train")
     assert images.name(0).startswith("train/ant/000")
     assert images.image(0).mode == "RGB" and images.image(0).size == (12, 10)
     assert np.array_equal(np.asarray(images.image(0)), np.asarray(pil_loader(str(path))))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+def test_of_16_bits_the_upper_eight_are_taken(suffix: str, folder: Path) -> None:
+    """torchvision's loader makes nearly all of them white."""
+    path = folder / "train" / "ant" / "000.jpg"
+    path.unlink()
+    grey = np.asarray(picture(3).convert("L"))
+    Image.fromarray(grey.astype(np.uint16) * 256 + 77).save(path.with_suffix(suffix))
+    image = open_source(str(folder), "train").image(0)
+    assert image.mode == "RGB" and np.array_equal(np.asarray(image), np.repeat(grey[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pixels_of_32_bits_are_refused(kind: type[np.generic], folder: Path) -> None:
+    path = folder / "train" / "ant" / "000.jpg"
+    path.unlink()
+    Image.fromarray(np.zeros((8, 8), kind)).save(path.with_suffix(".tiff"))
+    with pytest.raises(CorruptImage, match=r"000\.tiff.*32 bits and no known range; convert it to 8 bits"):
+        open_source(str(folder), "train").image(0)
+
+
+@pytest.mark.parametrize("form", ["", "?per_class=1", "tar"])
+def test_reduced_images_are_the_smallest_that_are_large_enough(form: str, folder: Path, tmp_path: Path) -> None:
+    for path in folder.rglob("*.jpg"):
+        Image.open(path).resize((170, 130)).save(path)
+    if form == "tar":
+        with tarfile.open(tmp_path / "train.tar", "w") as shard:
+            shard.add(folder / "train" / "ant" / "000.jpg", "000.jpg")
+    images = open_source(f"tar:{tmp_path}/{{split}}.tar" if form == "tar" else f"{folder}{form}", "train")
+    sizes = {side: images.reduced(side).image(0).size for side in (16, 17, 32, 33, 65, 66)}
+    assert sizes == {16: (22, 17), 17: (43, 33), 32: (43, 33), 33: (85, 65), 65: (85, 65), 66: (170, 130)}
+    assert images.image(0).size == (170, 130) and images.reduced(16).fingerprint == images.fingerprint
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "gone"])

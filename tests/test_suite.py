@@ -319,12 +319,12 @@ def test_slurm_without_submitit_says_what_to_install(
 # Several processes ------------------------------------------------------------------------------------------------------
 
 
-def child(place: Path, share: Place, wait: bool, start: Any, answer: Any) -> None:
+def child(place: Path, share: Place, wait: bool, start: Any, answer: Any, out: str) -> None:
     """The suite in a process of its own; how each cell ended goes into ``answer``."""
     import torch
 
     torch.set_num_threads(1)
-    chosen = cells(place)
+    chosen = cells(place, out)
     start.wait()
     answer.put([(result.status, result.error) for result in work(chosen, share, wait)])
 
@@ -351,10 +351,10 @@ class Started:
         self.running: list[Any] = []
         self.kept: list[Any] = []  # an event must live until its process has started
 
-    def suite(self, place: Path, share: Place = ALONE, wait: bool = True, start: Any = None) -> tuple[Any, Any]:
+    def suite(self, place: Path, share: Place = ALONE, wait: bool = True, start: Any = None, out: str = "out") -> tuple[Any, Any]:
         answer, at_once = self.context.Queue(), self.context.Event()
         at_once.set()
-        return self.process(child, place, share, wait, start or at_once, answer), answer
+        return self.process(child, place, share, wait, start or at_once, answer, out), answer
 
     def process(self, function: Callable[..., None], *arguments: Any) -> Any:
         process = self.context.Process(target=function, args=arguments)
@@ -390,6 +390,17 @@ def test_two_suites_at_once_divide_the_work(place: Path, started: Started, undis
     for outcomes in zip(*results, strict=True):
         assert sorted(status for status, _ in outcomes) == ["done", "found"]
     assert facts(place) == undisturbed
+
+
+def test_two_suites_of_their_own_folders_share_a_cache_at_once(
+    place: Path, started: Started, undisturbed: dict[str, Any]
+) -> None:
+    start, outs = started.context.Event(), ("one", "two")
+    both = [started.suite(place, start=start, out=out) for out in outs]
+    start.set()
+    assert all(status == "done" for _, answer in both for status, _ in answer.get(timeout=120))
+    assert facts(place, "one") == facts(place, "two") == undisturbed
+    assert len(list((place / "cache").glob("*/features.npy"))) == 2 * 2 * 2  # checkpoints, splits, kinds: each kept once
 
 
 def test_kills_leave_what_was_done_and_the_rest_is_done_later(place: Path, started: Started, undisturbed: dict[str, Any]) -> None:

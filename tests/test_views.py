@@ -8,7 +8,7 @@ from scipy import stats
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from mte_bench.data.draws import NUMBERS, TRIES, Draws
+from mte_bench.data.draws import NUMBERS, TRIES, Draws, clamped_box
 from mte_bench.data.sources import ImageSet
 from mte_bench.data.transforms import normalise
 from mte_bench.errors import CorruptImage, UserError
@@ -332,3 +332,19 @@ def test_the_picture_of_views(tmp_path):
     with Image.open(tmp_path / "a.png") as drawn:
         assert drawn.width > 1000 and len(drawn.convert("RGB").getcolors(1 << 24)) > 1000
     draw_views(tmp_path / "one.png", Pictures(1), settings.model_copy(update={"local_count": 0}), seed=0)
+
+
+def test_clamped_crops_are_one_try_cut_to_the_image():
+    """The formula of MAE's ``util/crop.py``; also of images that a crop of the drawn shape does not fit into."""
+    generator, scale, ratio, cut = np.random.default_rng(0), (0.08, 1.0), (3 / 4, 4 / 3), 0
+    for _ in range(300):
+        width, height = generator.integers(1, 60, 2).tolist()
+        numbers = generator.random(NUMBERS)
+        area = width * height * (0.08 + 0.92 * numbers[0])
+        aspect = (3 / 4) * (16 / 9) ** numbers[1]
+        w, h = round((area * aspect) ** 0.5) or 1, round((area / aspect) ** 0.5) or 1
+        left, top, right, bottom = clamped_box(scale, ratio, (width, height), numbers)
+        assert (right - left, bottom - top) == (min(w, width), min(h, height))
+        assert (left, top) == (int(numbers[21] * (width - right + left + 1)), int(numbers[20] * (height - bottom + top + 1)))
+        cut += w > width or h > height
+    assert 30 < cut < 270

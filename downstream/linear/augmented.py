@@ -15,16 +15,22 @@ from downstream.linear.views import Steps, ViewSettings
 from downstream.task import Material, Outcome, TaskEstimate
 
 
+def _is_none(value: object) -> bool:
+    """What is not there is not written: hashes and records of protocols that came before a setting stay what they were."""
+    return value is None
+
+
 class AugmentedProtocol(LinearProtocol):
     """Settings of a linear probe on augmented views. Learning rates are per ``rate_per`` images of a batch."""
 
     solver: Literal["sgd-augmented"]
     rates: tuple[float, ...] = Field(min_length=1)
     rate_per: int = Field(gt=0)
-    schedule: Literal["epoch", "step", "late-step"]
-    """When the rate moves along its cosine: with the epoch, with the step, or (MoBY) a step late."""
+    schedule: Literal["epoch", "step", "late-step", "step-after-warmup"]
+    """When the rate moves along its cosine: with the epoch, with the step, or (MoBY) a step late. The cosine counts from the
+    beginning of training, with ``step-after-warmup`` (MAE) from the end of the warm-up."""
     warmup_epochs: float = Field(ge=0)
-    """The rate first rises from ``warmup_rate`` in a line; the cosine counts from the beginning of training."""
+    """The rate first rises from ``warmup_rate`` in a line."""
     warmup_rate: float = Field(ge=0)
     final_rate: float = Field(ge=0)
     epochs: int = Field(gt=0)
@@ -41,6 +47,10 @@ class AugmentedProtocol(LinearProtocol):
     """Largest norm of a head's gradient."""
     smoothing: float = Field(ge=0, lt=1)
     """Of the labels."""
+    trust: float | None = Field(None, gt=0, exclude_if=_is_none)
+    """Of LARS; null is plain SGD."""
+    norm_batch: int | None = Field(None, gt=1, exclude_if=_is_none)
+    """Most images whose statistics normalise the features before the heads; null leaves the features as they are."""
     init_std: float = Field(ge=0)
     drop_path: float = Field(ge=0, lt=1)
     """Stochastic depth in the frozen encoder while heads are trained (MoBY); none when they are measured."""
@@ -71,11 +81,12 @@ class AugmentedProtocol(LinearProtocol):
         """The learning rate of every head at ``step`` of the run (``r``, float64)."""
         scale = self.batch_size / self.rate_per
         peak, first, last = torch.tensor(self.rates, dtype=torch.float64), self.warmup_rate, self.final_rate
-        moment = {"epoch": step // per_epoch * per_epoch, "step": step, "late-step": max(0, step - 1)}[self.schedule]
-        warmup = self.warmup_epochs * per_epoch
+        moment = {"epoch": step // per_epoch * per_epoch, "late-step": max(0, step - 1)}.get(self.schedule, step)
+        warmup, total = self.warmup_epochs * per_epoch, self.epochs * per_epoch
         if moment < warmup:
             return scale * (first + (peak - first) * (moment / warmup))
-        return scale * (last + (peak - last) * (0.5 * (1 + math.cos(math.pi * moment / (self.epochs * per_epoch)))))
+        start = warmup if self.schedule == "step-after-warmup" else 0
+        return scale * (last + (peak - last) * (0.5 * (1 + math.cos(math.pi * (moment - start) / (total - start)))))
 
     def trainer(self, heads: Heads) -> HeadTrainer:
         """SGD with these settings."""
@@ -86,6 +97,8 @@ class AugmentedProtocol(LinearProtocol):
             weight_decay=self.weight_decay,
             clip=self.clip,
             smoothing=self.smoothing,
+            trust=self.trust,
+            norm_batch=self.norm_batch,
         )
 
     def evaluate_on_views(self, material: Material) -> Outcome:
@@ -105,5 +118,7 @@ class AugmentedProtocol(LinearProtocol):
             seconds = time.perf_counter() - began
         sets = 2 if r > 1 else 1
         steps = self.view_passes(train) * train / self.batch_size
-        values = sets * (2 + bool(self.clip or self.nesterov)) * r * classes * width + 2 * r * classes * self.batch_size
+        values = (
+            sets * (2 + bool(self.clip or self.nesterov or self.trust)) * r * classes * width + 2 * r * classes * self.batch_size
+        )
         return TaskEstimate(sets * steps * seconds, 4 * values)

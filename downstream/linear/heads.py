@@ -3,6 +3,9 @@
 The classifiers of a sweep differ in nothing but the learning rate: all see the same batches and have the same start. Their
 weights are stacked, so that a step on all of them is one matrix product forward and one back. The gradient of the
 cross-entropy in the logits is written down (softmax minus target); nothing is recorded for a backward pass.
+
+Where the features are normalised by batch statistics before the classifiers (MAE), the running statistics become part of the
+weights that are handed out (``HeadTrainer.ready``), so that what measures the classifiers knows nothing of it.
 """
 
 import math
@@ -20,6 +23,7 @@ from mte_bench.errors import UserError
 NEVER = -1e4
 """Bias of a class that no train image has."""
 _BLOCK_VALUES = 1 << 25  # logits held at once (128 MiB)
+_EPS, _MOMENTUM = 1e-6, 0.1  # of batch normalisation; MAE main_linprobe.py and torch's BatchNorm1d
 
 
 class Heads(NamedTuple):
@@ -33,6 +37,13 @@ class Heads(NamedTuple):
     def take(self, chosen: Sequence[int]) -> "Heads":
         """Copies of the heads at ``chosen``."""
         return Heads(self.weight[list(chosen)], self.bias[list(chosen)])
+
+
+class Running(NamedTuple):
+    """Of each feature over the batches so far, the latest counting most: ``r c`` each, the same for every head."""
+
+    mean: Tensor
+    variance: Tensor
 
 
 def fresh_heads(count: int, classes: int, width: int, std: float, generator: torch.Generator) -> Heads:
@@ -51,6 +62,11 @@ class HeadTrainer:
         weight_decay: on weights and biases.
         clip: largest norm of a head's whole gradient; None for any.
         smoothing: of the labels, 0 to 1: what a label gives up is spread evenly over all classes.
+        trust: of LARS, which makes a step on a head's weights as long as ``trust`` times their norm and leaves the bias as it
+            is, without weight decay; None for plain SGD. Source: MAE ``util/lars.py``, which has it from MoCo v3.
+        norm_batch: most images whose mean and variance normalise the features, before the heads and without a scale of their
+            own: a larger batch is cut into equal parts. None for features as they are. Running statistics are those of the
+            first part, as torch's distributed training keeps those of the first process.
     """
 
     def __init__(
@@ -62,11 +78,24 @@ class HeadTrainer:
         weight_decay: float = 0.0,
         clip: float | None = None,
         smoothing: float = 0.0,
+        trust: float | None = None,
+        norm_batch: int | None = None,
     ):
         self.heads = heads
         self.velocity = Heads(*map(torch.zeros_like, heads))
         self.momentum, self.nesterov, self.weight_decay = momentum, nesterov, weight_decay
         self.clip, self.smoothing = clip, smoothing
+        self.trust, self.norm_batch = trust, norm_batch
+        per_head = heads.weight[:, 0]
+        self.running = Running(torch.zeros_like(per_head), torch.ones_like(per_head))
+
+    @property
+    def ready(self) -> Heads:
+        """The heads as they act on features as they are."""
+        if self.norm_batch is None:
+            return self.heads
+        weight = self.heads.weight * (self.running.variance + _EPS).rsqrt().unsqueeze(1)
+        return Heads(weight, self.heads.bias - (weight @ self.running.mean.unsqueeze(2)).squeeze(2))
 
     def step(self, x: Tensor, y: Tensor, rates: Tensor) -> Tensor:
         """One step on features ``x`` (``b c``) and labels ``y`` (``b``) at a learning rate per head (``r``).
@@ -75,12 +104,13 @@ class HeadTrainer:
         """
         weight, bias = self.heads
         r, classes, c = weight.shape
+        x = self._normalised(x)
         # Classes before images, so that the softmax runs over contiguous images: r classes b.
         error = torch.addmm(bias.view(-1, 1), weight.view(-1, c), x.T).view(r, classes, len(x))
         loss = self._to_error(error, y)
         # From here on the gradient of the summed cross-entropy in the logits.
         per_image = error.view(-1, len(x))
-        if self.clip is None and not self.nesterov:
+        if self.clip is None and self.trust is None and not self.nesterov:
             self._add_gradient(self.velocity, per_image, x, keep=self.momentum)
             update = self.velocity
         else:
@@ -95,6 +125,16 @@ class HeadTrainer:
         weight.addcmul_(update.weight, rates.view(-1, 1, 1), value=-1)
         bias.addcmul_(update.bias, rates.view(-1, 1), value=-1)
         return loss
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        """``x`` (``b c``) by the statistics of its own parts; those of the first enter the running ones."""
+        if self.norm_batch is None:
+            return x
+        parts = x.chunk(-(-len(x) // self.norm_batch))
+        first = parts[0]
+        self.running.mean.lerp_(first.mean(0), _MOMENTUM)
+        self.running.variance.lerp_(first.var(0, correction=min(1, len(first) - 1)), _MOMENTUM)
+        return torch.cat([(part - part.mean(0)) * (part.var(0, correction=0) + _EPS).rsqrt() for part in parts])
 
     def _to_error(self, logits: Tensor, y: Tensor) -> Tensor:
         """Turn ``logits`` (``r classes b``) into softmax minus target, in place; returns the mean cross-entropy (``r``)."""
@@ -117,14 +157,20 @@ class HeadTrainer:
         into.weight.view(-1, x.shape[1]).addmm_(error, x, beta=keep, alpha=1 / len(x))
         into.bias.mul_(keep) if keep else into.bias.zero_()
         into.bias.view(-1).add_(error.sum(1), alpha=1 / len(x))
-        if self.clip is not None:  # only ever with keep = 0: of the gradient alone, before weight decay
+        # Clipping and LARS only ever come with keep = 0.
+        if self.clip is not None:  # of the gradient alone, before weight decay
             norm = (into.weight.square().sum((1, 2)) + into.bias.square().sum(1)).sqrt()
             shrink = (self.clip / (norm + 1e-6)).clamp(max=1)
             into.weight.mul_(shrink.view(-1, 1, 1))
             into.bias.mul_(shrink.view(-1, 1))
         if self.weight_decay:
             into.weight.add_(weight, alpha=self.weight_decay)
-            into.bias.add_(bias, alpha=self.weight_decay)
+            if self.trust is None:
+                into.bias.add_(bias, alpha=self.weight_decay)
+        if self.trust is not None:
+            norm, length = weight.norm(dim=(1, 2)), into.weight.norm(dim=(1, 2))
+            scale = torch.where((norm > 0) & (length > 0), self.trust * norm / length, 1)
+            into.weight.mul_(scale.view(-1, 1, 1))
 
 
 def logits(heads: Heads, x: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ Among several processes the views of a step are shared out. Their features are g
 the heads on all of them: what travels is a batch of features and not the gradients of all heads.
 
 Sources: DINO ``eval_linear.py``, iBOT ``eval_linear_multi.py``, MoCo v3 ``main_lincls.py``, MoBY ``moby_linear.py``,
-DINOv2 ``linear.py``; the protocol files say which has which settings. Different on purpose: all heads start from the same
-weights, the images of a step do not depend on the number of processes, and none is taken twice to fill up a batch.
+DINOv2 ``linear.py``, MAE ``main_linprobe.py``; the protocol files say which has which settings. Different on purpose: all heads
+start from the same weights, the images of a step do not depend on the number of processes, and none is taken twice to fill up
+a batch.
 """
 
 import math
@@ -174,7 +175,7 @@ class Training:
         for sweep in self.sweeps:
             if sweep.own:
                 x, y = _tensors(self.material.splits[sweep.kind][split], rows)
-                values[:, self._places(sweep)] = torch.tensor(accuracy(sweep.trainers[trained].heads, x, y), dtype=torch.float64)
+                values[:, self._places(sweep)] = torch.tensor(accuracy(sweep.trainers[trained].ready, x, y), dtype=torch.float64)
         top1, loss = distributed.summed(values, self.device).cpu()
         return top1.tolist(), loss.tolist()
 
@@ -185,7 +186,7 @@ class Training:
         for sweep in self.sweeps:
             if sweep.kind == kind and head in self._places(sweep):
                 x, _ = _tensors(self.material.splits[kind][1], slice(None))
-                found = torch.from_numpy(rank(sweep.all.heads.take([self._places(sweep).index(head)]), x))
+                found = torch.from_numpy(rank(sweep.all.ready.take([self._places(sweep).index(head)]), x))
         return distributed.summed(found, self.device).cpu()
 
     def _measure(self) -> None:
@@ -278,7 +279,10 @@ class Training:
 
 
 def _parts(trainer: HeadTrainer) -> dict[str, Tensor]:
+    """All that a step changes."""
+    running = {} if trainer.norm_batch is None else trainer.running._asdict()
     return {
+        **running,
         "weight": trainer.heads.weight,
         "bias": trainer.heads.bias,
         "weight_velocity": trainer.velocity.weight,

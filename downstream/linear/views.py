@@ -11,11 +11,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from downstream.features import Pass, loader_options
-from mte_bench.data.draws import TRIES, Draws, crop_box, cut_out
+from mte_bench.data.draws import TRIES, Draws, clamped_box, crop_box, cut_out
 from mte_bench.data.sources import ImageSet
 from mte_bench.errors import CorruptImage, UserError
 from mte_bench.settings import Settings
@@ -34,6 +35,8 @@ class ViewSettings(Settings):
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     flip: float = 0.5
     """How often it is mirrored."""
+    clamped: bool = Field(False, exclude_if=lambda clamped: not clamped)
+    """Whether a crop that is larger than the image is cut to it (MAE) rather than drawn anew."""
 
 
 class Steps(NamedTuple):
@@ -110,7 +113,7 @@ class _Views(Dataset[Tensor | CorruptImage]):
     def _view(self, number: int, index: int) -> NDArray[np.uint8]:
         image, settings = self.images.image(index), self.settings
         (numbers,) = self.draws.views(number, index, 1)
-        box = crop_box(settings.scale, settings.ratio, image.size, numbers)
+        box = (clamped_box if settings.clamped else crop_box)(settings.scale, settings.ratio, image.size, numbers)
         return cut_out(image, box, self.size, settings.interpolation, numbers[2 * TRIES + 2] < settings.flip)
 
 

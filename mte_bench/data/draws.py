@@ -78,6 +78,23 @@ def crop_box(
     return left, top, left + w, top + h
 
 
+def clamped_box(
+    scale: tuple[float, float], ratio: tuple[float, float], size: tuple[int, int], numbers: Sequence[float]
+) -> tuple[int, int, int, int]:
+    """As ``crop_box`` with a single try, whose sides are cut to the image's where they are longer.
+
+    Source: MAE ``util/crop.py``, which follows BYOL's own code.
+    """
+    width, height = size
+    area = width * height * (scale[0] + (scale[1] - scale[0]) * numbers[0])
+    narrowest, widest = math.log(ratio[0]), math.log(ratio[1])
+    aspect = math.exp(narrowest + (widest - narrowest) * numbers[1])
+    w, h = (min(max(1, round(math.sqrt(side))), most) for side, most in ((area * aspect, width), (area / aspect, height)))
+    top = int(numbers[2 * TRIES] * (height - h + 1))
+    left = int(numbers[2 * TRIES + 1] * (width - w + 1))
+    return left, top, left + w, top + h
+
+
 def cut_out(image: Image.Image, box: tuple[int, int, int, int], size: int, interpolation: str, flip: bool) -> NDArray[np.uint8]:
     """The ``box`` of an RGB ``image``, resized to ``size`` pixels a side by PIL, perhaps mirrored: (size, size, 3)."""
     part = image if box == (0, 0, *image.size) else image.crop(box)

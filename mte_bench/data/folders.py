@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from mte_bench.data.sources import IMAGE_SUFFIXES, ImageSet, Names, Source, Split, decode, fingerprint_of
+from mte_bench.data.sources import IMAGE_SUFFIXES, EncodedImages, ImageSet, Names, Source, Split, decode, fingerprint_of
 from mte_bench.errors import CorruptImage, UserError
 
 File = tuple[str, int]  # path relative to the source, bytes
@@ -17,7 +17,7 @@ _SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "test")}
 _SCANNERS = 16  # folders read at a time: hides the latency of network file systems
 
 
-class FileImages(ImageSet):
+class FileImages(EncodedImages):
     """Image files below ``root``; ``names`` are their paths relative to it."""
 
     def __init__(
@@ -41,7 +41,7 @@ class FileImages(ImageSet):
         path = f"{self.root}/{self.names[index]}"
         try:
             with open(path, "rb") as file:
-                return decode(file, path)
+                return decode(file, path, self.side)
         except OSError as error:
             raise CorruptImage(path, error.strerror or "cannot be opened") from error
 
@@ -116,8 +116,11 @@ def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Itera
             name = f"{prefix}/{entry.name}"
             if entry.name.startswith("."):
                 continue
-            if entry.name[entry.name.rfind(".") :].lower() in IMAGE_SUFFIXES and entry.is_file():
+            image = entry.name[entry.name.rfind(".") :].lower() in IMAGE_SUFFIXES
+            if image and entry.is_file():
                 yield name, entry.stat().st_size
+            elif image and entry.is_symlink() and not entry.is_dir():
+                yield name, 0  # leads nowhere: a corrupt image, rather than one that nobody misses
             elif entry.is_dir():
                 here = entry.stat()
                 if (here.st_dev, here.st_ino) not in above:  # a link to a folder above it would never end

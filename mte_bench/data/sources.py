@@ -15,9 +15,11 @@ and contained in every larger one. For semi-supervised evaluation the train spli
 ``train_list=FILE`` the images that a text file names, one a line (SimCLRv2's ``1percent.txt`` and ``10percent.txt``).
 
 Images are decoded as torchvision and DINO do: ``convert("RGB")`` whatever the file holds (palette, grey, CMYK, alpha dropped),
-no rotation by EXIF, no repair of truncated files.
+no rotation by EXIF, no repair of truncated files. Of 16 bits a pixel the upper eight are taken, where torchvision's images
+would be white; 32 bits, whose range nobody knows, are refused as corrupt.
 """
 
+import copy
 import hashlib
 import io
 import re
@@ -30,7 +32,7 @@ from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mte_bench.errors import CorruptImage, UserError, did_you_mean
 
@@ -69,6 +71,13 @@ class ImageSet:
         """The decoded image, RGB; raises ``CorruptImage`` naming the file."""
         raise NotImplementedError
 
+    def reduced(self, side: int) -> "ImageSet":
+        """The same images, JPEGs decoded at a half, a quarter or an eighth of their size where both sides stay at least ``side``.
+
+        What is no JPEG, or is not decoded at all, stays as it is.
+        """
+        return self
+
 
 class Subset(ImageSet):
     """The images of ``parent`` at ``indices``."""
@@ -85,6 +94,11 @@ class Subset(ImageSet):
 
     def image(self, index: int) -> Image.Image:
         return self.parent.image(int(self.indices[index]))
+
+    def reduced(self, side: int) -> ImageSet:
+        smaller = copy.copy(self)
+        smaller.parent = self.parent.reduced(side)
+        return smaller
 
 
 @dataclass(frozen=True)
@@ -328,13 +342,41 @@ class Names:
         return self.text[start : self.ends[index]].decode("utf-8", "surrogateescape")
 
 
-def decode(file: IO[bytes] | bytes, path: str) -> Image.Image:
-    """The image in an open file or in bytes, as RGB; raises ``CorruptImage`` naming ``path``."""
+class EncodedImages(ImageSet):
+    """Images that are decoded from files or bytes; ``side`` is what ``reduced`` was asked for, 0 for whole images."""
+
+    side = 0
+
+    def reduced(self, side: int) -> ImageSet:
+        smaller = copy.copy(self)
+        smaller.side = side
+        return smaller
+
+
+def decode(file: IO[bytes] | bytes, path: str, side: int = 0) -> Image.Image:
+    """The image in an open file or in bytes, as RGB; raises ``CorruptImage`` naming ``path``.
+
+    With ``side`` a JPEG is decoded at the smallest of its eighth, quarter, half and whole whose sides are at least so long: the
+    decoder then computes only the low frequencies of each block of pixels (libjpeg's scaling, PIL's ``draft``).
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of odd EXIF blocks and palettes; the pixels are what counts
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-                return image.convert("RGB")
+                if side:
+                    image.draft(None, (side, side))
+                return _rgb(image)
+    except UnidentifiedImageError as error:  # its own words are about a Python object
+        raise CorruptImage(path, "of no image format that is known") from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CorruptImage(path, reason) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """``image`` in 8 bits a channel. Raises ``ValueError`` for 32 bits."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # PIL's conversion makes 255 of all above
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits and no known range; convert it to 8 bits")
+    return image.convert("RGB")

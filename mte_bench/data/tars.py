@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mte_bench.console import log
-from mte_bench.data.sources import IMAGE_SUFFIXES, ImageSet, Names, Source, Split, decode, fingerprint_of
+from mte_bench.data.sources import IMAGE_SUFFIXES, EncodedImages, ImageSet, Names, Source, Split, decode, fingerprint_of
 from mte_bench.errors import CorruptImage, UserError
 from mte_bench.files import atomic, cache_folder, hash_of
 
@@ -33,7 +33,7 @@ class Index(NamedTuple):
     labels: list[str]
 
 
-class TarImages(ImageSet):
+class TarImages(EncodedImages):
     """The images of ``shards``, shard by shard, in the order of each."""
 
     def __init__(self, source: Source, split: Split, shards: Sequence[str], indexes: Sequence[Index], classes: Sequence[str]):
@@ -60,7 +60,7 @@ class TarImages(ImageSet):
         try:
             with open(shard, "rb") as file:
                 file.seek(int(self.offsets[index]))
-                return decode(file.read(int(self.sizes[index])), path)
+                return decode(file.read(int(self.sizes[index])), path, self.side)
         except OSError as error:
             raise CorruptImage(path, error.strerror or "cannot be opened") from error
 

@@ -28,6 +28,8 @@ class EvaluationTransform(Settings):
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: Channels
     std: Channels
+    decode: Literal["full", "reduced"] = Field("full", exclude_if=lambda decode: decode == "full")
+    """``reduced`` takes other pixels: ``ImageSet.reduced`` to the size of ``resize``. What decodes has to see to it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
