@@ -14,6 +14,7 @@ from mte_bench.errors import UserError
 from mte_bench.files import hash_of
 from mte_bench.records import Data, Record, Subject, find_records, read_record
 from reports.naming import architecture_title, data_key, method_title
+from reports.topics import HEADLINES, TOPICS, Topic, headline, is_evaluation, topic_of
 
 
 @dataclass(frozen=True)
@@ -48,27 +49,9 @@ class Measure(NamedTuple):
     title: str
     """The name, with the protocol where the task was measured under several."""
 
-
-HEADLINES = {
-    "knn": ("top1_k10", "k-NN"),
-    "linear": ("top1", "linear"),
-    "finetune": ("top1", "fine-tuned"),
-    "inat": ("top1", "fine-tuned on iNaturalist"),
-    "retrieval": ("recall_1", "retrieval"),
-}
-"""The metric that stands for a task in tables, and the task's name there; of other tasks, and where a protocol has other
-metrics, it is the first one."""
-
-
-def is_evaluation(record: Record) -> bool:
-    """Whether a record belongs into the tables: one with predictions, image by image, or of a task known to have them."""
-    return record.task in HEADLINES or record.predictions is not None
-
-
-def headline(record: Record) -> str:
-    """The metric that stands for a record; "" if it has none."""
-    known = HEADLINES.get(record.task, ("", ""))[0]
-    return known if known in record.metrics or not record.metrics else next(iter(record.metrics))
+    def further(self, metric: str, name: str) -> "Measure":
+        """Another metric of the same task and protocol."""
+        return self._replace(metric=metric, name=name, title=name + self.title.removeprefix(self.name))
 
 
 SEED = int | None
@@ -100,6 +83,17 @@ class Collection:
     def recipe(self, subject: Subject) -> Mapping[str, Any]:
         """The resolved recipe that ``subject`` was pre-trained with; empty if no pre-training record tells."""
         return self.recipes.get(subject.recipe_hash or "", {})
+
+    @cached_property
+    def _pretrainings(self) -> Mapping[tuple[str | None, str], Record]:
+        pretrained = [entry.record for entry in self.of("pretrain")]
+        return {(record.subject.recipe_hash, data_key(record.data.source)): record for record in pretrained}
+
+    def pretraining(self, subject: Subject) -> Record | None:
+        """The record of a run by the recipe and on the data that ``subject`` was pre-trained with, by any seed."""
+        if subject.recipe_hash is None or subject.pretrain_data is None:
+            return None
+        return self._pretrainings.get((subject.recipe_hash, data_key(subject.pretrain_data)))
 
 
 def collect(paths: Iterable[str | Path]) -> Collection:
@@ -181,13 +175,19 @@ class Row:
     @property
     def name(self) -> str:
         """The encoder in a few words."""
-        return f"{self.title}, {self.architecture}" + (f" (repeat {self.repeat + 1})" if self.repeat else "")
+        return f"{self.title}, {self.architecture}{self.repetition}"
+
+    @property
+    def repetition(self) -> str:
+        """Which repeat it is; "" for the first measurement."""
+        return f" (repeat {self.repeat + 1})" if self.repeat else ""
 
 
 @dataclass(frozen=True)
 class DataTable:
-    """Everything that was measured on one set of images."""
+    """Everything of one topic that was measured on one set of images."""
 
+    topic: Topic
     record: Record
     """One of them: its ``data`` is common to all."""
     measures: tuple[Measure, ...]
@@ -197,18 +197,20 @@ class DataTable:
         """The plain row with the same recipe as ``row``, which has MTE; None if there is none or the recipe is not known."""
         if row.kind != 2 or row.plain_recipe is None:
             return None
-        return self._plain.get(_partner(row))
+        return self._plain.get(partner(row))
 
     @cached_property
     def _plain(self) -> dict[tuple[object, ...], Row]:
         """The first repeat of each plain row, by what a row with MTE must share with it."""
         rows = sorted((row for row in self.rows if row.kind == 1), key=lambda row: row.repeat)
-        return {_partner(row): row for row in reversed(rows)}
+        return {partner(row): row for row in reversed(rows)}
 
 
-def _partner(row: Row) -> tuple[object, ...]:
+def partner(row: Row) -> tuple[object, ...]:
+    """What a row with MTE and the plain row that it is compared with have in common."""
     subject = row.subject
-    return (row.plain_recipe, row.architecture, subject.image_size, subject.epochs, data_key(subject.pretrain_data or ""))
+    encoder = (row.architecture, subject.image_size, len(subject.parts))
+    return (row.plain_recipe, *encoder, subject.epochs, data_key(subject.pretrain_data or ""))
 
 
 def images_key(data: Data) -> tuple[str, str, str]:
@@ -217,10 +219,12 @@ def images_key(data: Data) -> tuple[str, str, str]:
 
 
 def data_tables(collection: Collection) -> list[DataTable]:
-    """One table per set of images."""
+    """One table per topic and set of images, in the order of the topics."""
     groups: dict[tuple[str, ...], list[Entry]] = {}
-    for entry in collection.evaluations:
-        groups.setdefault(images_key(entry.record.data), []).append(entry)
+    for topic in TOPICS:
+        for entry in collection.evaluations:
+            if topic_of(entry.record.task) is topic:
+                groups.setdefault((topic.title, *images_key(entry.record.data)), []).append(entry)
     return [_table(collection, entries) for entries in groups.values()]
 
 
@@ -233,7 +237,8 @@ def _table(collection: Collection, entries: list[Entry]) -> DataTable:
             rows[key, repeat] = Row(key, subject, *titles, repeat, plain_hash(recipe), recipe)
         rows[key, repeat].cells.setdefault(measure, {})[subject.seed] = entry
     ordered = sorted(rows.values(), key=_row_order)
-    return DataTable(entries[0].record, _measures(entries), tuple(ordered))
+    record = entries[0].record
+    return DataTable(topic_of(record.task), record, _measures(entries), tuple(ordered))
 
 
 def _row_order(row: Row) -> tuple[object, ...]:
@@ -285,17 +290,21 @@ def _measures(entries: list[Entry]) -> tuple[Measure, ...]:
     known = list(HEADLINES)
     result: list[Measure] = []
     for task in sorted(protocols, key=lambda task: (known.index(task) if task in known else len(known), task)):
-        title = HEADLINES.get(task, ("", task))[1]
-        several = len(protocols[task]) > 1
-        result += [
-            Measure(task, metric, text, title, f"{title} ({text})" if several else title)
-            for text, metric in sorted(protocols[task].items())
-        ]
+        name = HEADLINES.get(task, ("", task))[1]
+        short = [text.partition("@")[0] for text in protocols[task]]
+        for text, metric in sorted(protocols[task].items()):
+            alone = text.partition("@")[0]
+            told_apart = f" ({alone if short.count(alone) == 1 else text})" if len(short) > 1 else ""
+            result.append(Measure(task, metric, text, name, name + told_apart))
     return tuple(result)
 
 
+NOT_OF_THE_METHOD = ("mte", "description", "paper_row", "knn_every", "snapshot_every")
+"""Settings of a recipe that may differ between a method and what it is compared with: MTE, and what no weight depends on."""
+
+
 def plain_hash(recipe: Mapping[str, Any]) -> str | None:
-    """A hash of the recipe without MTE and its description, equal for a method and the same method with MTE."""
+    """A hash of the recipe without ``NOT_OF_THE_METHOD``, equal for a method and the same method with MTE."""
     if not recipe:
         return None
-    return hash_of({key: value for key, value in recipe.items() if key not in ("mte", "description")})
+    return hash_of({key: value for key, value in recipe.items() if key not in NOT_OF_THE_METHOD})

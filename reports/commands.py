@@ -34,7 +34,7 @@ def report(
         show_json(written.summary)
     else:
         for part in written.sections:
-            columns = ["method", "architecture", "epochs", *(measure.title for measure in part.data.measures)]
+            columns = ["method", "architecture", "epochs", *(column.title for column in part.columns)]
             rows = [
                 [row.title, row.architecture, row.epochs, *(cell.value and cell.value.value for cell in cells)]
                 for row, cells in part.cells

@@ -1,6 +1,7 @@
 """How subjects, architectures and sources are called in tables: the paper's words where it has one."""
 
 import re
+from collections import Counter
 from pathlib import PurePath
 
 from mte_bench.records import Subject
@@ -29,7 +30,13 @@ def method_key(method: str) -> str:
 
 
 def method_title(subject: Subject) -> str:
-    """The method as Table 5 prints it (``DINO+MTE``), ``random encoder``, or the checkpoint's name where no method is known."""
+    """The method as Table 5 prints it (``DINO+MTE``), ``random encoder``, or the checkpoint's name where no method is known.
+
+    Of an ensemble its encoders' titles: ``DINO × 2``, ``DINO & iBOT+MTE``.
+    """
+    if subject.parts:
+        counts = Counter(map(method_title, subject.parts))
+        return " & ".join(f"{title} × {count}" if count > 1 else title for title, count in counts.items())
     if subject.family == "random":
         return "random encoder"
     if not subject.method:

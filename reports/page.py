@@ -8,6 +8,7 @@ import base64
 import hashlib
 import html
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
@@ -65,11 +66,13 @@ def _html(text: str, tables: Sequence[Table], folder: Path, refresh: int | None)
     markdown = MarkdownIt("commonmark")
     markdown.add_render_rule("image", _image)
     tokens = markdown.parse(text)
-    headings = []
+    headings, taken = [], Counter[str]()
     for opening, inline in pairwise(tokens):
         if opening.type == "heading_open":
             title = "".join(child.content for child in inline.children or () if child.type in ("text", "code_inline"))
             anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")  # as GitHub makes it
+            taken[anchor] += 1
+            anchor += f"-{taken[anchor] - 1}" if taken[anchor] > 1 else ""
             opening.attrSet("id", anchor)
             headings.append((opening.tag, anchor, title))
     body = markdown.renderer.render(tokens, markdown.options, {"folder": folder})

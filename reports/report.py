@@ -11,14 +11,17 @@ from typing import Any
 
 from mte_bench.files import write_json
 from mte_bench.records import Record
-from reports.collect import Collection, collect, data_tables
+from reports.ablations import Ablation, ablations
+from reports.collect import Collection, Measure, collect, data_tables
 from reports.figures import FOLDER, PREFIXES, Figure, Kind, copy_pictures, draw_curves
 from reports.markdown import code, link_text, plain_text
 from reports.naming import architecture_title, data_title
 from reports.page import write_page
+from reports.paper import paper, same_data
 from reports.predictions import Predictions
 from reports.runs import cost_table, environments, machinery, period, record_table
 from reports.tables import Section, accuracy_table, cell_summary, section, seed_table
+from reports.topics import TOPICS, Topic
 
 PAGE, SUMMARY = "report.md", "report.json"
 SCHEMA_VERSION = 1
@@ -69,7 +72,8 @@ def write_report(
         "title": _title(sections, collection),
         "opening": _opening(collection, sections),
         "again": _again(runs, out, pictures_of_images),
-        "sections": [_section_view(part) for part in sections],
+        "topics": [_topic_view(topic, parts) for topic in TOPICS if (parts := [s for s in sections if s.data.topic is topic])],
+        "ablations": [_ablation_view(found) for part in sections for found in ablations(part, collection)],
         "curves": curves,
         "pictures": _picture_views(pictures),
         "cost": cost_table(collection),
@@ -129,12 +133,17 @@ def _again(runs: Iterable[str | Path], out: Path, pictures_of_images: bool) -> s
     return shlex.join(words if pictures_of_images else [*words, "--no-pictures-of-images"])
 
 
+def _topic_view(topic: Topic, parts: Sequence[Section]) -> dict[str, Any]:
+    return {"title": topic.title, "paper": topic.paper, "parts": [_section_view(part) for part in parts]}
+
+
 def _section_view(part: Section) -> dict[str, Any]:
     record = part.data.record
-    protocols = [f"{plain_text(m.name)} {code(m.metric)} by {code(m.protocol)}" for m in part.data.measures]
+    protocols = [f"{plain_text(c.name)} {code(c.metric)} by {code(c.protocol)}{_chosen(c, part)}" for c in part.columns]
     subset = f", subset {plain_text(record.data.subset)}" if record.data.subset else ""
     return {
         "title": _data_title(record) + subset,
+        "beside_paper": _beside_paper(part),
         "unit": part.unit,
         "data": _data_text(record),
         "fingerprint": record.data.fingerprint,
@@ -148,6 +157,35 @@ def _section_view(part: Section) -> dict[str, Any]:
             for row, cells in part.cells
             for cell in cells
         ),
+    }
+
+
+def _chosen(column: Measure, part: Section) -> str:
+    """Which epoch a fine-tuned encoder is measured after."""
+    found = (cell.entry for _, cells in part.cells for cell in cells if cell.column == column and cell.entry)
+    how = next(found).record.protocol.settings.get("reports")
+    return {"best": " (the best epoch on val)", "last": " (the last epoch)"}.get(str(how), "")
+
+
+def _beside_paper(part: Section) -> str:
+    """Why no number of the paper stands beside these; "" where one does, or the paper has none of this kind."""
+    topic = part.data.topic
+    if not topic.paper or any(cell.paper is not None for _, cells in part.cells for cell in cells):
+        return ""
+    if not any(same_data(name, part.data.record.data) for name in topic.data):
+        names = " or ".join(paper()["comparable"]["data"][name]["name"] for name in topic.data)
+        return f"Other data than the paper's ({names}), so none of its numbers stands beside these."
+    return "No row is of the method, architecture, length and protocol of one of the paper's, so none of its numbers is here."
+
+
+def _ablation_view(found: Ablation) -> dict[str, Any]:
+    row, record = found.row, found.part.data.record
+    method = plain_text(row.title.removesuffix("+MTE"))
+    return {
+        "title": plain_text(found.title),
+        "number": found.number,
+        "what": f"{method}, {plain_text(row.architecture)}, {row.epochs} epochs, on {_data_title(record)}",
+        "table": found.as_table(),
     }
 
 

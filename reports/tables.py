@@ -3,16 +3,17 @@
 ``–`` is a value that is missing, an empty cell one that cannot be: a plain encoder has no difference to a plain one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reports.collect import Collection, DataTable, Measure, Row
+from reports.collect import Collection, DataTable, Entry, Measure, Row
 from reports.compare import Comparison, Value, compare, summarise
 from reports.markdown import MISSING, Table, code, interval, number, plain_text, plus_minus, probability
 from reports.naming import data_title
 from reports.paper import printed
 from reports.predictions import Predictions
+from reports.topics import FURTHER
 
 MOST_DIFFERING = 4  # settings that tell rows apart by name; more are a recipe of their own
 
@@ -21,7 +22,9 @@ MOST_DIFFERING = 4  # settings that tell rows apart by name; more are a recipe o
 class Cell:
     """What is known of a row in one column."""
 
-    measure: Measure
+    column: Measure
+    entry: Entry | None
+    """The first of its seeds."""
     value: Value | None
     paper: float | None
     comparison: Comparison | None
@@ -29,15 +32,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Section:
-    """One set of images: its rows and the cells of each."""
+    """One set of images: its rows and the cells of each, one for each column."""
 
     data: DataTable
+    columns: tuple[Measure, ...]
     cells: tuple[tuple[Row, tuple[Cell, ...]], ...]
 
     @property
     def is_top1(self) -> bool:
         """Whether every column is the share of images whose class is said."""
-        return all(measure.metric.startswith("top1") for measure in self.data.measures)
+        return all(column.metric.startswith("top1") for column in self.columns)
 
     @property
     def unit(self) -> str:
@@ -46,51 +50,80 @@ class Section:
 
 
 def section(table: DataTable, collection: Collection, predictions: Predictions) -> Section:
-    """Compute every cell of ``table``."""
-    rows = ((row, [_cell(row, measure, table, collection, predictions) for measure in table.measures]) for row in table.rows)
-    return Section(table, tuple((row, tuple(cells)) for row, cells in rows))
+    """Compute every cell of ``table``: of each measure its headline, and what else of it has a column."""
+    columns = [(measure, column) for measure in table.measures for column in _columns(measure, table)]
+    rows = (
+        (row, tuple(_cell(row, measure, column, table, collection, predictions) for measure, column in columns))
+        for row in table.rows
+    )
+    return Section(table, tuple(column for _, column in columns), tuple(rows))
 
 
-def _cell(row: Row, measure: Measure, table: DataTable, collection: Collection, predictions: Predictions) -> Cell:
+def _columns(measure: Measure, table: DataTable) -> list[Measure]:
+    records = [entry.record for row in table.rows for entry in row.cells.get(measure, {}).values()]
+    further = [
+        measure.further(metric, name)
+        for metric, name in FURTHER.get(measure.task, {}).items()
+        if any(metric in record.metrics for record in records)
+    ]
+    return [measure, *further]
+
+
+def _cell(
+    row: Row, measure: Measure, column: Measure, table: DataTable, collection: Collection, predictions: Predictions
+) -> Cell:
     found = row.cells.get(measure, {})
     first = next(iter(found.values()), None)
     baseline = table.baseline(row)
     return Cell(
-        measure,
-        summarise(found, measure.metric, predictions),
-        None if first is None else printed(first.record, collection.recipe(first.record.subject)),
-        None if baseline is None else compare(found, baseline.cells.get(measure, {}), measure.metric, predictions),
+        column,
+        first,
+        summarise(found, column.metric, predictions),
+        None if first is None else printed(first.record, column.metric, collection.pretraining(first.record.subject)),
+        None if baseline is None else compare(found, baseline.cells.get(measure, {}), column.metric, predictions),
     )
 
 
 def accuracy_table(part: Section) -> Table:
     """Table 5's shape: the paper's value and ours, its interval over images, its spread over seeds, and what MTE changes."""
-    columns = ["Method", "Architecture", "Epochs"]
-    for measure in part.data.measures:
-        title = plain_text(measure.title)
-        columns += [f"{title}\n{what}" for what in ("paper", "ours [95 %]", "n, over seeds", "+MTE − plain")]
-    rows = []
-    for (row, cells), method in zip(part.cells, _methods(part.data), strict=True):
-        line = [method, plain_text(row.architecture), row.epochs]
-        for cell in cells:
-            line += [number(cell.paper), _value(cell.value), _over_seeds(cell.value), _difference(row, cell)]
-        rows.append(tuple(line))
-    return Table(tuple(columns), tuple(rows), "ll" + "r" * (len(columns) - 2))
+    names = [
+        (method, plain_text(row.architecture), row.epochs)
+        for (row, _), method in zip(part.cells, row_titles(part.data), strict=True)
+    ]
+    return value_table(part, ("Method", "Architecture", "Epochs"), names, "llr")
+
+
+def value_table(part: Section, heads: Sequence[str], names: Sequence[Sequence[str]], align: str) -> Table:
+    """The rows of ``part`` behind their ``names``; the paper's column and that of differences only where a row has one."""
+    columns, written = list(heads), [list(name) for name in names]
+    with_mte = any(row.kind == 2 for row, _ in part.cells)
+    for index, column in enumerate(part.columns):
+        found = [(row, cells[index]) for row, cells in part.cells]
+        blocks = {"ours [95 %]": [_value(cell.value) for _, cell in found]}
+        if any(cell.paper is not None for _, cell in found):
+            blocks = {"paper": [number(cell.paper) for _, cell in found]} | blocks
+        blocks["n, over seeds"] = [_over_seeds(cell.value) for _, cell in found]
+        if with_mte:
+            blocks["+MTE − plain"] = [_difference(row, cell) for row, cell in found]
+        columns += [f"{plain_text(column.title)}\n{what}" for what in blocks]
+        for line, values in zip(written, zip(*blocks.values(), strict=True), strict=True):
+            line += values
+    return Table(tuple(columns), tuple(map(tuple, written)), align + "r" * (len(columns) - len(align)))
 
 
 def seed_table(part: Section) -> Table | None:
     """Every pair of one seed with and without MTE; None where no difference is of several seeds."""
     if not any(cell.comparison and len(cell.comparison.seeds) > 1 for _, cells in part.cells for cell in cells):
         return None
-    methods = _methods(part.data)
+    methods = row_titles(part.data)
     rows = []
-    for index, measure in enumerate(part.data.measures):
+    for index, column in enumerate(part.columns):
         for (row, cells), method in zip(part.cells, methods, strict=True):
             comparison = cells[index].comparison
             for seed in comparison.seeds if comparison else ():
                 rows.append(
                     (
-                        plain_text(measure.title),
+                        plain_text(column.title),
                         f"{method}\n{plain_text(row.architecture)}",
                         MISSING if seed.seed is None else str(seed.seed),
                         f"{seed.plain:.2f}",
@@ -103,7 +136,7 @@ def seed_table(part: Section) -> Table | None:
     return Table(columns, tuple(rows), "llrrrrr")
 
 
-def _methods(table: DataTable) -> list[str]:
+def row_titles(table: DataTable) -> list[str]:
     """Each row's title; what its recipe sets otherwise, and the repeat, only where the title alone is not enough."""
     alike: dict[tuple[object, ...], list[Row]] = {}
     for row in table.rows:
@@ -176,7 +209,11 @@ def cell_summary(part: Section) -> dict[str, Any]:
     """A section as plain values, for ``report.json``."""
     data = part.data.record.data
     rows = [_row_summary(row, cell) for row, cells in part.cells for cell in cells]
-    return {"data": data.model_dump(mode="json", include={"source", "subset", "images", "classes", "fingerprint"}), "cells": rows}
+    return {
+        "topic": part.data.topic.title,
+        "data": data.model_dump(mode="json", include={"source", "subset", "images", "classes", "fingerprint"}),
+        "cells": rows,
+    }
 
 
 def _row_summary(row: Row, cell: Cell) -> dict[str, Any]:
@@ -189,9 +226,9 @@ def _row_summary(row: Row, cell: Cell) -> dict[str, Any]:
         "recipe": subject.recipe,
         "recipe_hash": subject.recipe_hash,
         "repeat": row.repeat,
-        "task": cell.measure.task,
-        "metric": cell.measure.metric,
-        "protocol": cell.measure.protocol,
+        "task": cell.column.task,
+        "metric": cell.column.metric,
+        "protocol": cell.column.protocol,
         "paper": cell.paper,
         "value": value and value.value,
         "ci95": value and value.interval,

@@ -13,10 +13,7 @@ from PIL import Image
 from made_up import (
     CIFAR,
     ENVIRONMENT,
-    IMAGENET,
     KNN,
-    PROTOCOLS,
-    SCENES,
     analysis,
     build_runs,
     evaluation,
@@ -25,11 +22,10 @@ from made_up import (
     subject,
 )
 from mte_bench.errors import UserError
-from mte_bench.records import Cost, Data, Metric, Protocol, make_record
+from mte_bench.records import Metric, Protocol
 from mte_bench.statistics import bootstrap_ci, mcnemar, paired_bootstrap
 from reports.commands import report
 from reports.naming import architecture_title, data_title, method_title
-from reports.paper import paper, printed
 from reports.report import write_report
 
 
@@ -77,10 +73,10 @@ def test_accuracy_table_shows_random_plain_and_mte_with_interval_spread_and_pair
 
     header, *rows = table_rows(written.page.read_text(), "### scenes")
     assert [row[0] for row in rows] == ["random encoder", "DINO", "DINO+MTE"]
-    assert header[:3] == ["Method", "Architecture", "Epochs"] and len(header) == 11
+    assert header[:3] == ["Method", "Architecture", "Epochs"] and len(header) == 9
     assert rows[2][1:3] == ["ViT-S/16 at 64 px", "30"]
-    assert [rows[i][6] for i in (0, 1)] == ["", ""] and rows[2][6].startswith(f"**{paired['difference']:+.1f}**<br>[")
-    assert {row[3] for row in rows} == {"–"}  # the paper has no number for this data
+    assert [rows[i][5] for i in (0, 1)] == ["", ""] and rows[2][5].startswith(f"**{paired['difference']:+.1f}**<br>[")
+    assert not any("paper" in title for title in header)  # the paper has no number for this data
 
 
 def test_one_seed_is_tested_by_mcnemar(tmp_path):
@@ -98,7 +94,7 @@ def test_without_predictions_the_test_is_missing_and_the_values_are_not(tmp_path
     assert found["ci95"] is None and found["minus_plain"]["ci95"] is None
     assert {seed["mcnemar_p"] for seed in found["minus_plain"]["seeds"]} == {None}
     assert not written.unusable
-    assert table_rows(written.page.read_text(), "### scenes")[3][6].endswith("<br>[–]")
+    assert table_rows(written.page.read_text(), "### scenes")[3][5].endswith("<br>[–]")
 
 
 def test_images_are_paired_by_name_whatever_the_order_of_the_rows(tmp_path):
@@ -162,7 +158,7 @@ def test_a_missing_cell_is_missing(tmp_path):
     (tmp_path / "runs" / "mte-0" / "evaluations" / "linear" / "record.json").unlink()
     written = write_report([tmp_path / "runs"], tmp_path / "report")
     assert cell(written.summary, "DINO+MTE", "linear")["value"] is None
-    assert table_rows(written.page.read_text(), "### scenes")[3][7:] == ["–", "–", "–", "–"]
+    assert table_rows(written.page.read_text(), "### scenes")[3][6:] == ["–", "–", "–"]
 
 
 def test_other_protocols_and_other_data_are_never_put_together(tmp_path):
@@ -304,66 +300,6 @@ def test_cost_ratios_are_to_the_plain_run_of_the_same_seed_on_the_same_device(tm
     assert {row[6] for row in rows} == {"10 min 00 s", "11 min 30 s"}
 
 
-TRAINED = {"image_size": 224, "epochs": 100, "pretrain_data": IMAGENET["source"]}
-
-
-def imagenet_record(mte=False, **changes):
-    parts = {
-        "task": "knn",
-        "protocol": PROTOCOLS["knn"],
-        "subject": subject(mte, **TRAINED),
-        "data": Data(split="val", **IMAGENET),
-        "metrics": {},
-        "cost": Cost(seconds=1.0),
-        "environment": ENVIRONMENT,
-    }
-    return make_record(**(parts | changes))
-
-
-def test_the_papers_number_stands_only_beside_what_is_comparable():
-    assert printed(imagenet_record(), recipe()) == 61.2
-    assert printed(imagenet_record(mte=True), recipe(True)) == 66.6
-    ibot = imagenet_record(subject=subject(**TRAINED, method="iBOT"))
-    assert printed(ibot, recipe()) == 65.2
-    assert printed(ibot, recipe(views={"local_count": 10})) == 71.5  # Table 6
-    for changes in (
-        {"data": Data(split="val", **SCENES)},
-        {"data": Data(split="val", **IMAGENET, subset="per_class=100")},
-        {"protocol": Protocol(name="other", settings=KNN)},
-        {"protocol": Protocol(name="knn", settings=KNN | {"temperature": 0.1})},
-        {"task": "linear", "protocol": PROTOCOLS["linear"]},
-        {"subject": subject(**TRAINED | {"epochs": 99})},
-        {"subject": subject(**TRAINED | {"image_size": 96})},
-        {"subject": subject(**TRAINED | {"image_size": None})},
-        {"subject": subject(**TRAINED | {"pretrain_data": "scenes"})},
-        {"subject": subject(**TRAINED, arch="vit_tiny_patch16_224")},
-        {"subject": subject(**TRAINED, patch_size=8)},
-        {"subject": subject(**TRAINED, arch_options={"depth": 6})},
-    ):
-        assert printed(imagenet_record(**changes), recipe()) is None
-    assert printed(imagenet_record(), recipe(views={"local_count": 8})) is None
-    assert printed(imagenet_record(), {}) is None
-
-
-def test_the_papers_tables_keep_the_gains_that_its_prose_states():
-    tables = paper()["tables"]
-    assert sorted(tables, key=lambda name: int(name[3:])) == [f"tab{number}" for number in range(1, 17)]
-    rows = {
-        (row["method"], row["architecture"] or row["architecture_inherited"], row["epochs"]): row
-        for row in tables["tab5"]["rows"]
-    }
-    assert len(rows) == 22
-    for method, arch, knn, linear in (
-        ("DINO", "ViT-S/16", 2.9, 1.2),
-        ("iBOT", "ViT-S/16", 2.1, 0.6),
-        ("MoBY", "Swin-T", 4.0, 0.8),
-    ):
-        mte, plain = rows[f"{method}+MTE", arch, 300], rows[method, arch, 300]
-        assert mte["knn_top1"] - plain["knn_top1"] == pytest.approx(knn)
-        assert mte["linear_top1"] - plain["linear_top1"] == pytest.approx(linear)
-    assert rows["MoCo V3", "ViT-S/16", 300]["knn_top1"] is None
-
-
 def test_names():
     assert architecture_title(subject(arch="vit_base_patch16_224", image_size=224)) == "ViT-B/16"
     tiny = subject(arch="vit_tiny_patch16_224", patch_size=8, arch_options={"depth": 6})
@@ -410,7 +346,7 @@ def test_rows_of_one_title_say_in_which_settings_they_differ(tmp_path):
         pretraining(tmp_path / letter, who, recipe() | {"mte": mte})
         evaluation(tmp_path / letter / "evaluations" / "knn", "knn", who, 0.6, seed=ord(letter))
     page = write_report([tmp_path], tmp_path / "report").page.read_text()
-    rows = table_rows(page, "## Accuracy")
+    rows = table_rows(page, "## k-NN")
     assert [row[0] for row in rows[1:]] == [
         "DINO",
         *(f"DINO+MTE<br>{text}" for text in ("pooled 6, ten true", "pooled 0, ten true", "pooled 0, ten false")),
@@ -418,4 +354,4 @@ def test_rows_of_one_title_say_in_which_settings_they_differ(tmp_path):
     many = {"pooled": 1, "ten": False, "kernel": 3, "count": 2, "fusion": "sum"}
     pretraining(tmp_path / "d", subject(True, recipe_hash="d" * 12, sha256="d" * 64), recipe() | {"mte": many})
     page = write_report([tmp_path], tmp_path / "report").page.read_text()
-    assert {row[0] for row in table_rows(page, "## Accuracy")[2:]} == {f"DINO+MTE<br>dino_mte `{c * 6}`" for c in "bcd"}
+    assert {row[0] for row in table_rows(page, "## k-NN")[2:]} == {f"DINO+MTE<br>dino_mte `{c * 6}`" for c in "bcd"}
