@@ -130,11 +130,11 @@ def _dense_changes(a: Sequence[Entry], b: Sequence[Entry], metric: str, predicti
     sides = found[: len(a)], found[len(a) :]
     before, after = (np.mean([item.class_values[metric] for item in side], axis=0) for side in sides)
     drawn_a, drawn_b = (np.mean([item.class_draws[metric] for item in side], axis=0) for side in sides)
-    changes = [
-        DenseChange(name, int(found[0].holding[k]), float(before[k]), float(after[k]), interval_of(drawn_b[k] - drawn_a[k]))
-        for k, name in enumerate(found[0].classes)
-        if found[0].holding[k] and np.isfinite(before[k]) and np.isfinite(after[k])
-    ]
+    changes = []
+    for k in np.flatnonzero((found[0].holding > 0) & np.isfinite(before) & np.isfinite(after)):
+        ends = interval_of(drawn_b[k] - drawn_a[k], float(after[k] - before[k]))
+        name, images = found[0].classes[k], int(found[0].holding[k])
+        changes.append(DenseChange(name, images, float(before[k]), float(after[k]), ends))
     return Classes(tuple(changes))
 
 

@@ -6,7 +6,7 @@ from math import lcm
 
 import numpy as np
 
-from mte_bench.dense.resampling import interval_of
+from mte_bench.dense.resampling import interval_of, percent_interval
 from mte_bench.statistics import bootstrap_ci, mcnemar, paired_bootstrap
 from reports.collect import SEED, Entry
 from reports.predictions import Predictions
@@ -81,12 +81,13 @@ def summarise(cell: Mapping[SEED, Entry], metric: str, predictions: Predictions)
         known = first.ci95 is not None and np.isfinite(first.ci95).all()
         return Value(first.value, first.ci95 if known else None, seeds, first.n)
     entries = list(measured.values())
+    mean = float(np.mean([value for _, value in seeds]))
     if (drawn := predictions.resampled(entries, metric)) is not None:
-        interval = interval_of(drawn.mean(axis=0))
+        interval = percent_interval(drawn.mean(axis=0), mean)
     else:
         right = predictions.stacked(entries, metric)
         interval = None if right is None else _points(bootstrap_ci(right.sum(axis=0)), len(right))
-    return Value(float(np.mean([value for _, value in seeds])), interval, seeds, first.n)
+    return Value(mean, interval, seeds, first.n)
 
 
 def compare(cell: Mapping[SEED, Entry], plain: Mapping[SEED, Entry], metric: str, predictions: Predictions) -> Comparison | None:
@@ -122,7 +123,8 @@ def _interval(
 ) -> tuple[float, float] | None:
     """The paired interval of the difference of two means over encoders; None if images cannot be paired."""
     if (drawn := predictions.resampled([*ours, *theirs], metric)) is not None:
-        return interval_of(drawn[: len(ours)].mean(axis=0) - drawn[len(ours) :].mean(axis=0))
+        mean, other = (np.mean([entry.record.metrics[metric].value for entry in entries]) for entries in (ours, theirs))
+        return interval_of(drawn[: len(ours)].mean(axis=0) - drawn[len(ours) :].mean(axis=0), float(mean - other))
     right = predictions.stacked([*ours, *theirs], metric)
     if right is None:
         return None

@@ -125,7 +125,9 @@ def _sure(before: Cell, now: Cell, seed: int) -> Sure | None:
         p_value = mcnemar(right[1], right[0])
         low, high = paired_bootstrap(right[1], right[0], seed)[1:]
         return Sure(p_value < LEVEL, (100 * low, 100 * high), p_value)
-    if drawn[0] is not None and drawn[1] is not None and (ends := interval_of(drawn[1] - drawn[0])) is not None:
+    if drawn[0] is None or drawn[1] is None:
+        return None
+    if (ends := interval_of(drawn[1] - drawn[0], now.value - before.value)) is not None:
         return Sure(not ends[0] <= 0 <= ends[1], ends)
     return None
 

@@ -137,7 +137,7 @@ def _metric_changes(a: list[Entry], b: list[Entry], predictions: Predictions) ->
     for name in a[0].record.metrics:
         if (drawn := predictions.resampled([*a, *b], name)) is not None:
             before, after = (float(np.mean([entry.record.metrics[name].value for entry in side])) for side in (a, b))
-            ends = interval_of(drawn[len(a) :].mean(axis=0) - drawn[: len(a)].mean(axis=0))
+            ends = interval_of(drawn[len(a) :].mean(axis=0) - drawn[: len(a)].mean(axis=0), after - before)
             found.append(MetricChange(name, before, after, ends))
     return tuple(found)
 

@@ -24,9 +24,9 @@ DATA = {"source": "ade20k:streets", "split": "val", "images": {"train": 100, "va
 MAIN = {"ade20k": "mIoU", "coco": "bbox_mAP"}
 
 
-def segmentation(accuracy: float, seed: int = 0, only: int | None = None) -> SegmentedImages:
+def segmentation(accuracy: float, seed: int = 0, only: int | None = None, sample: int = 7) -> SegmentedImages:
     """Images of three classes, hard and easy ones, the same whatever the accuracy; ``only`` one class gains by it."""
-    world, rng = np.random.default_rng(7), np.random.default_rng(seed)
+    world, rng = np.random.default_rng(sample), np.random.default_rng(seed)
     truth = world.integers(0, 3, (N, 100))
     ease = world.uniform(-0.25, 0.25, (N, 1))
     level = np.where(truth == only, accuracy, 0.5) if only is not None else accuracy
@@ -36,11 +36,11 @@ def segmentation(accuracy: float, seed: int = 0, only: int | None = None) -> Seg
     return SegmentedImages(NAMES, CLASSES, np.array(count, np.int64))
 
 
-def detection(accuracy: float, seed: int = 0) -> DetectedImages:
+def detection(accuracy: float, seed: int = 0, sample: int = 7) -> DetectedImages:
     """Two objects and five detections in each image; the better the encoder, the more and the closer it finds."""
     rng = np.random.default_rng(seed)
     rows = np.repeat(np.arange(N), 2)
-    labels = np.random.default_rng(7).integers(0, 3, 2 * N)
+    labels = np.random.default_rng(sample).integers(0, 3, 2 * N)
     best = np.where(rng.random(2 * N) < accuracy, rng.integers(0, IOUS, 2 * N), -1)  # the highest IoU at which it is found
     found = np.array([sum(1 << t for t in range(top + 1)) for top in best], np.int64)
     sizes = ((1 << 4 * IOUS) - 1) ^ ((1 << 2 * IOUS) - 1)  # all objects are small: of the other sizes nothing counts
@@ -76,6 +76,11 @@ def evaluated(folder: Path, task: str, images: Images, who: Any = None, **change
     return folder
 
 
+def about(drawn: Any, value: float) -> Any:
+    """The middle 95 % of resampled values, moved to where their mean is the value."""
+    return pytest.approx(np.nanquantile(drawn, (0.025, 0.975)) + value - np.nanmean(drawn), abs=2e-4)
+
+
 def compared(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
     capsys.readouterr()
     assert cli.main(["compare", *map(str, arguments), "--json"]) == 0
@@ -87,6 +92,14 @@ def checked(capsys: pytest.CaptureFixture[str], baseline: Path, *arguments: obje
     capsys.readouterr()
     code = cli.main(["check", "--baseline", str(baseline), "--json", *map(str, arguments)])
     return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("metric", "make"), [("mIoU", segmentation), ("bbox_mAP", detection)])
+def test_an_interval_is_as_wide_as_the_spread_over_samples(metric: str, make: Any) -> None:
+    """Of one made-up encoder: how the metric varies over samples, and what four of them say of that by themselves."""
+    spread = np.std([stated(make(0.6, seed, sample=seed)).overall[metric][0] for seed in range(30)], ddof=1)
+    ends = [intervals(make(0.6, seed, sample=seed))[metric] for seed in range(4)]
+    assert 0.65 < np.mean([high - low for low, high in ends]) / (2 * 1.96 * spread) < 1.5
 
 
 @pytest.mark.parametrize(("task", "make"), [("ade20k", segmentation), ("coco", detection)])
@@ -102,7 +115,7 @@ def test_two_records_are_compared_on_the_same_resamples(
     change = found["b_minus_a"]
     assert found["metric"] == name
     assert change["difference"] == pytest.approx(stated(b).overall[name][0] - stated(a).overall[name][0])
-    assert change["ci95"] == pytest.approx(np.quantile(after.overall[name] - before.overall[name], (0.025, 0.975)))
+    assert change["ci95"] == about(after.overall[name] - before.overall[name], change["difference"])
     assert change["mcnemar_p"] is None
     assert found["metrics"].keys() == stated(a).overall.keys()
     assert found["metrics"][name] | {"ci95": None} == {
@@ -113,9 +126,7 @@ def test_two_records_are_compared_on_the_same_resamples(
     assert [row["images"] for row in classes] == a.holding()[:3].tolist()
     for k, row in enumerate(classes):
         assert row["a"] == pytest.approx(stated(a).classes[name][k, 0])
-        assert row["ci95"] == pytest.approx(
-            np.nanquantile((after.classes[name] - before.classes[name])[k], (0.025, 0.975)), abs=1e-4
-        )
+        assert row["ci95"] == about((after.classes[name] - before.classes[name])[k], row["difference"])
     assert np.mean([row["difference"] for row in classes]) == pytest.approx(change["difference"])
 
 
@@ -138,11 +149,10 @@ def test_means_over_seeds_are_compared(tmp_path: Path, capsys: pytest.CaptureFix
     weights = draw_weights(NAMES)
     drawn = {key: images.measure(weights).overall["mIoU"] for key, images in made.items()}
     mean = [(drawn[kind, 0] + drawn[kind, 1]) / 2 for kind in (False, True)]
-    assert found["b_minus_a"]["ci95"] == pytest.approx(np.quantile(mean[1] - mean[0], (0.025, 0.975)))
-    assert found["a"]["ci95"] == pytest.approx(np.quantile(mean[0], (0.025, 0.975)))
-    assert len(found["b_minus_a"]["seeds"]) == 2 and found["b_minus_a"]["seeds"][1]["ci95"] == pytest.approx(
-        np.quantile(drawn[True, 1] - drawn[False, 1], (0.025, 0.975))
-    )
+    assert found["b_minus_a"]["ci95"] == about(mean[1] - mean[0], found["b_minus_a"]["difference"])
+    assert found["a"]["ci95"] == about(mean[0], found["a"]["value"])
+    _, one = found["b_minus_a"]["seeds"]
+    assert one["ci95"] == about(drawn[True, 1] - drawn[False, 1], one["b"] - one["a"])
 
 
 def test_the_terminal_and_the_page_say_what_gains_and_what_loses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,7 +228,7 @@ def test_the_gate_judges_by_the_paired_interval_without_the_old_run(
     weights = draw_weights(NAMES)
     change = worse.measure(weights).overall[MAIN[task]] - old.measure(weights).overall[MAIN[task]]
     assert (code, verdict["status"], verdict["mcnemar_p"]) == (1, "fell", None)
-    assert verdict["ci95"] == pytest.approx(np.quantile(change, (0.025, 0.975)), abs=1e-4)
+    assert verdict["ci95"] == about(change, verdict["change"])
     evaluated(tmp_path / "new", task, make(0.9))
     assert checked(capsys, base, tmp_path / "new")[1][0]["status"] == "better"
     again = next(images for seed in range(5) if -3 < drop(images := make(0.6, seed), old, MAIN[task]) < -0.05)
@@ -259,5 +269,5 @@ def test_a_report_of_seeds_has_the_interval_of_their_mean(tmp_path: Path, capsys
     assert "left out" not in shown.err
     weights = draw_weights(NAMES)
     mean = np.mean([segmentation(0.6, seed).measure(weights).overall["mIoU"] for seed in range(2)], axis=0)
-    low, high = np.quantile(mean, (0.025, 0.975))
+    low, high = about(mean, np.mean([stated(segmentation(0.6, seed)).overall["mIoU"][0] for seed in range(2)])).expected
     assert f"[{low:.1f}, {high:.1f}]" in (tmp_path / "report" / "report.md").read_text()

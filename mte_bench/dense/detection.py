@@ -91,26 +91,31 @@ class DetectedImages:
         drawn = np.take(weights, self.rows[chosen], axis=1)
         own = self.objects.labels == label
         rows, counted = self.objects.rows[own], self.objects.counted[own]
-        result = np.empty((len(NAMES), len(weights)))
-        for size in range(len(SIZES)):
+        numbers: dict[str, Floats] = {}
+        for size, suffix in enumerate(SIZES):
             objects = np.take(weights, rows[counted >> size & 1 > 0], axis=1).sum(axis=1, dtype=np.int64)
             found, ignored = (_bits(bits[chosen], size) for bits in self.matches[kind])
             right = found & ~ignored
             relevant = np.flatnonzero(~ignored.all(axis=0))
-            whole = len(relevant) == len(chosen)
-            part = drawn if whole else np.take(drawn, relevant, axis=1)
+            part = drawn if len(relevant) == len(chosen) else np.take(drawn, relevant, axis=1)
             precision, recall = average_precision(right[:, relevant], ~ignored[:, relevant], part, objects)
             if size == 0:
-                result[0], result[1], result[2] = precision.mean(axis=0), precision[0], precision[_AT_75]
-                result[8] = recall.mean(axis=0)
-                for place, most in ((6, MOST[0]), (7, MOST[1])):
-                    hits = (right & (self._ranks[chosen] < most)).sum(axis=0)  # over the thresholds
-                    known = np.flatnonzero(hits)
-                    with np.errstate(invalid="ignore"):
-                        result[place] = drawn[:, known] @ hits[known] / (IOUS * objects)
+                numbers |= {"mAP": precision.mean(axis=0), "mAP_50": precision[0], "mAP_75": precision[_AT_75]}
+                numbers |= {f"AR_{most}": self._recall(right, chosen, drawn, objects, most) for most in MOST[:-1]}
+                numbers[f"AR_{MOST[-1]}"] = recall.mean(axis=0)
             else:
-                result[2 + size], result[8 + size] = precision.mean(axis=0), recall.mean(axis=0)
-        return 100 * result
+                numbers |= {f"mAP_{suffix[0]}": precision.mean(axis=0), f"AR_{suffix[0]}": recall.mean(axis=0)}
+        return 100 * np.stack([numbers[name] for name in NAMES])
+
+    def _recall(
+        self, right: NDArray[np.bool_], chosen: NDArray[np.int64], drawn: Weights, objects: NDArray[np.int64], most: int
+    ) -> Floats:
+        """``b``: the mean over the thresholds, with at most so many detections of each image."""
+        hits = (right & (self._ranks[chosen] < most)).sum(axis=0)
+        known = np.flatnonzero(hits)
+        with np.errstate(invalid="ignore"):
+            recall: Floats = drawn[:, known] @ hits[known] / (IOUS * objects)
+        return recall
 
     @cached_property
     def _order(self) -> NDArray[np.int64]:

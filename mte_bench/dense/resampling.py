@@ -73,25 +73,36 @@ def stated(images: MeasuredImages) -> Measured:
     return images.measure(np.ones((1, len(images.names)), np.int32))
 
 
-def interval_of(values: Floats) -> tuple[float, float] | None:
-    """The 95 % percentile interval of ``values`` (one per resample), in their unit; None if none of them is a number."""
-    known = values[np.isfinite(values)]
+def interval_of(drawn: Floats, value: float) -> tuple[float, float] | None:
+    """The 95 % interval of ``value`` from what it is in each resample, in its unit; None if no resample has a number.
+
+    The quantiles of the resamples, moved by as much as their mean differs from ``value``: a resample holds fewer different
+    images than the data, which raises mAP, and without this ``value`` could lie outside its own interval.
+    """
+    known = drawn[np.isfinite(drawn)]
     if not len(known):
         return None
-    low, high = np.quantile(known, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    low, high = value + np.quantile(known, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)) - known.mean()
     return float(low), float(high)
+
+
+def percent_interval(drawn: Floats, value: float) -> tuple[float, float] | None:
+    """``interval_of`` what cannot be below 0 or above 100."""
+    ends = interval_of(drawn, value)
+    return ends and (max(0.0, ends[0]), min(100.0, ends[1]))
 
 
 def intervals(images: MeasuredImages, draws: int = DRAWS, seed: int = SEED) -> dict[str, tuple[float, float]]:
     """The 95 % interval of each metric over the images, in percent."""
-    drawn = images.measure(draw_weights(images.names, draws, seed)).overall
-    return {name: ends for name, values in drawn.items() if (ends := interval_of(values)) is not None}
+    values, drawn = stated(images).overall, images.measure(draw_weights(images.names, draws, seed)).overall
+    found = {name: percent_interval(drawn[name], float(value[0])) for name, value in values.items()}
+    return {name: ends for name, ends in found.items() if ends is not None}
 
 
 def how_made(images: MeasuredImages, draws: int = DRAWS, seed: int = SEED) -> dict[str, Any]:
     """How intervals of these images were made, for a record's details."""
     return {
-        "method": "percentile bootstrap over images",
+        "method": "bootstrap over images: percentiles, moved so that their mean is the value",
         "level": LEVEL,
         "images": len(images.names),
         "resamples": draws,
