@@ -288,12 +288,16 @@ def _refuse(corrupt: Sequence[Corrupt], allowed: int) -> None:
         raise CorruptImage(corrupt[allowed].path, corrupt[allowed].reason)
 
 
+def as_decoded(images: ImageSet, transform: EvaluationTransform) -> ImageSet:
+    """``images`` in the size that ``transform`` wants them decoded."""
+    return images.reduced(transform.resize) if transform.decode == "reduced" else images
+
+
 class _Decoded(Dataset[tuple[Tensor, Corrupt | None]]):
     """The transformed images from ``start`` on; a blank one and the reason where the file cannot be decoded."""
 
     def __init__(self, images: ImageSet, transform: EvaluationTransform, start: int):
-        self.images = images.reduced(transform.resize) if transform.decode == "reduced" else images
-        self.transform, self.start = transform, start
+        self.images, self.transform, self.start = as_decoded(images, transform), transform, start
 
     def __len__(self) -> int:
         return len(self.images) - self.start

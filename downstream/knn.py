@@ -27,7 +27,7 @@ from torch import Tensor
 
 from downstream.feature_kinds import patches_taken
 from downstream.kinds_picture import draw_kinds
-from downstream.neighbours import proposer
+from downstream.neighbours import MANY, proposer
 from downstream.task import FeatureProtocol, Outcome, Predictions, Split, Task, TaskEstimate, top_metrics
 from mte_bench.console import log
 from mte_bench.encoders.encoder import Encoder
@@ -232,7 +232,7 @@ def estimate_knn(protocol: KNNProtocol, train: int, val: int, width: int, classe
     searches = [train]
     if few := protocol.few_shot:
         searches = [min(train, n * classes) for n in few.per_class] * few.draws
-    bank, queries = min(max(searches), 1 << 16), min(val, 256)
+    bank, queries = min(max(searches), 1 << 16), min(val, MANY)
     generator = np.random.default_rng(0)
     k = [k for k in protocol.k if k <= bank] or [bank]
     features = generator.standard_normal((bank, width), dtype=np.float32)

@@ -23,7 +23,7 @@ from mte_bench.knn_search import PLAIN_ROWS, Nearest, Propose, best_of, plain, p
 
 LIBRARIES = ("auto", "tiles", "torch", "faiss")
 _MOST_ON_GPU = 2048  # neighbours that FAISS selects on a GPU
-_MANY = 512  # queries; FAISS 1.15 takes five times as long for each of 300 or fewer as for each of 400 or more
+MANY = 512  # queries; FAISS 1.15 takes five times as long for each of 300 or fewer as for each of 400 or more
 
 
 def proposer(library: str, device: torch.device, m: int) -> tuple[str, Propose]:
@@ -51,7 +51,7 @@ def proposer(library: str, device: torch.device, m: int) -> tuple[str, Propose]:
 
 def _on_cpu(queries: Tensor, bank: Bank, m: int) -> tuple[Tensor, Tensor]:
     """The faster ``Propose`` of a CPU for so many queries."""
-    if len(queries) < _MANY:
+    if len(queries) < MANY:
         return propose_in_tiles(queries, bank, m)
     return propose_by_blocks(queries, bank.blocks(PLAIN_ROWS), m, _faiss(bank.device))
 

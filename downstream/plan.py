@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from downstream.features import Pass, encode_batch, extracted
+from downstream.features import Pass, as_decoded, encode_batch, extracted
 from downstream.task import P, Task
 from mte_bench.console import show_json, show_table
 from mte_bench.data.sources import ImageSet
@@ -69,9 +69,10 @@ class _Pass(NamedTuple):
 def _pass(part: Part, train: ImageSet, val: ImageSet, kinds: tuple[str, ...], how: Pass) -> _Pass:
     encoder, transform, weights = part.checkpoint.encoder, part.transform, part.checkpoint.sha256
     done = sum(min(extracted(encoder, weights, images, transform, kind, how) for kind in kinds) for images in (train, val))
-    batch = torch.stack([transform(train.image(0))] * min(how.batch_size, 16)).to(how.device)
+    decoded = as_decoded(train, transform)
+    batch = torch.stack([transform(decoded.image(0))] * min(how.batch_size, 16)).to(how.device)
     width = sum(features.shape[1] for features in encode_batch(encoder, batch, kinds, how).values())
-    decode = seconds_of(lambda: transform(train.image(0)))
+    decode = seconds_of(lambda: transform(decoded.image(0)))
     encode = seconds_of(lambda: encode_batch(encoder, batch, kinds, how)) / len(batch)
     return _Pass(done, width, max(encode, decode / how.workers) if how.workers else encode + decode)
 

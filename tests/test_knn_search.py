@@ -170,7 +170,7 @@ def test_many_queries_go_to_faiss_and_few_to_tiles(monkeypatch):
         original = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=original, n=name: taken.append(n) or f(*a))
     for many in (len(asked), len(asked) + 1):
-        monkeypatch.setattr(neighbours, "_MANY", many)
+        monkeypatch.setattr(neighbours, "MANY", many)
         found = KNN(k=(5,)).fit(rows, np.zeros(len(rows), int)).neighbours(asked)
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     assert taken == (["_faiss", "propose_in_tiles"] if sys.platform == "linux" else ["propose_in_tiles"] * 2)
