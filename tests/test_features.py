@@ -419,4 +419,4 @@ def test_ten_times_the_images_take_the_same_memory(tmp_path):
     written = sum(path.stat().st_size for path in (tmp_path / "5000").glob("*/features.npy")) / 1024
     print(f"peak memory in MiB: {peaks[0] / 1024:.0f}, {peaks[1] / 1024:.0f}; features in MiB: {written / 1024:.0f}")
     assert peaks[1] < 1.2 * peaks[0]
-    assert written > 0.4 * peaks[0]  # twice what the bound leaves room for
+    assert written > 0.25 * peaks[0]  # more than the bound leaves room for
