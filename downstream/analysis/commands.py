@@ -155,7 +155,7 @@ def pairs(
     dry_run: DryRun = False,
     smoke: Smoke = False,
 ) -> Any:
-    """What two tokens know together: k-NN accuracy of each pair against its better half."""
+    """What two tokens know together: accuracy of each pair against its better half, by k-NN and a linear probe."""
     options = dict(locals())
     from downstream.analysis.pairs import PAIRS
 
