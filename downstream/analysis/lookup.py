@@ -1,6 +1,6 @@
 """What each token knows by itself and together with others: k-NN accuracy, for the analyses of tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -20,6 +20,9 @@ from mte_bench.knn_bank import normalise
 Floats = NDArray[np.floating]
 
 GLOBAL = "global"
+
+Classify = Callable[[Sequence[int]], NDArray[np.int64]]
+"""From the places of some tokens to the classes ``n`` that their features give the val images."""
 
 
 class NeighbourProtocol(LookupProtocol):

@@ -3,14 +3,13 @@
 By k-NN and by a linear probe, ridge in closed form. The tokens of a pair lie side by side, each of unit length.
 """
 
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from downstream.analysis.lookup import ProbesProtocol, TokenRidge, pairs_of, predictions, prepare_tokens
+from downstream.analysis.lookup import Classify, ProbesProtocol, TokenRidge, pairs_of, predictions, prepare_tokens
 from downstream.analysis.pairs_map import draw_pairs
 from downstream.analysis.study import Analysis, Outcome, Prepared, Seen, rounded
 from downstream.evaluate import percentage
@@ -35,8 +34,8 @@ class Gains(NamedTuple):
     """Pairs in the headline."""
 
 
-def gains(classify: Callable[[Sequence[int]], NDArray[np.int64]], labels: NDArray[np.int64], count: int) -> Gains:
-    """Ask ``classify`` about each of ``count`` tokens and each pair of them; it gives the classes of the val images."""
+def gains(classify: Classify, labels: NDArray[np.int64], count: int) -> Gains:
+    """Ask ``classify`` about each of ``count`` tokens and each pair of them; ``labels`` (``n``) are the val images'."""
     alone = [classify([place]) == labels for place in range(count)]
     gain, together = np.full((count, count), np.nan), np.full((count, count), np.nan)
     np.fill_diagonal(together, [100 * hits.mean() for hits in alone])
