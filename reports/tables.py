@@ -156,13 +156,13 @@ def _method(row: Row, alike: list[Row], several_sources: bool) -> str:
 
 def _peculiarity(row: Row, alike: list[Row]) -> str:
     """The settings in which the recipes of ``alike`` differ; if they are not known or many, the recipe's name and hash."""
-    recipes = [_flat(other.recipe) for other in alike]
+    recipes = [flat(other.recipe) for other in alike]
     keys = list(dict.fromkeys(key for recipe in recipes for key in recipe if key != "description"))
     differing = [key for key in keys if any(other.get(key, "–") != recipes[0].get(key, "–") for other in recipes)]
     if not all(recipes) or not 0 < len(differing) <= MOST_DIFFERING:
         subject = row.subject
         return f"{plain_text(subject.recipe or subject.family)} {code((subject.recipe_hash or subject.sha256)[:6])}"
-    own = _flat(row.recipe)
+    own = flat(row.recipe)
     return plain_text(", ".join(f"{key.rpartition('.')[2]} {_setting(own.get(key, '–'))}" for key in differing))
 
 
@@ -170,12 +170,12 @@ def _setting(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _flat(settings: Mapping[str, Any], start: str = "") -> dict[str, Any]:
+def flat(settings: Mapping[str, Any], start: str = "") -> dict[str, Any]:
     """``{"mte": {"pooled": 6}}`` as ``{"mte.pooled": 6}``."""
-    flat: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= _flat(value, f"{start}{key}.") if isinstance(value, Mapping) else {f"{start}{key}": value}
-    return flat
+        result |= flat(value, f"{start}{key}.") if isinstance(value, Mapping) else {f"{start}{key}": value}
+    return result
 
 
 def _label(row: Row) -> tuple[object, ...]:
