@@ -70,7 +70,7 @@ def convergence(runs: Sequence[str], metric: str, out: str | None, json: bool) -
         entries,
         _metrics(metric, lines, found),
         {"metric": metric, "lines": [_values(line, one) for line, one in zip(lines, found, strict=True)]},
-        partial(draw, lines=lines, found=found, label=NAMES[metric], title=title),
+        partial(draw, lines=lines, found=found, label=NAMES[metric], title=f"Convergence on {title}"),
         {"metric": metric, "n": "of every metric counts runs", "devices": machines},
         began,
         out,
@@ -211,6 +211,4 @@ def draw(path: Path, lines: Sequence[Line[Monitored]], found: Sequence[Reached |
                 label_ends(axes, ends)
             else:
                 axes.set_ylabel(label)
-        figure.suptitle(
-            f"Convergence on {title}\nthin: single seeds; ring: as good as the plain run ends", x=0.01, ha="left", fontsize=10
-        )
+        figure.suptitle(f"{title}\nthin: single seeds; ring: as good as the plain run ends", x=0.01, ha="left", fontsize=10)

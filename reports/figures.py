@@ -97,7 +97,7 @@ KINDS = (
         "token-quality",
         "picture",
         "Tokens along pre-training",
-        "k-NN and linear probe of the global token, of the auxiliary ones by kind and of all of these together, at every snapshot.",
+        "k-NN and linear probe of the global token, of the auxiliary ones by kind and of all of them together, along the run.",
         "a global token that rises with the auxiliary ones where they teach it, and falls behind where nothing is distilled.",
         "Figures 12 and 13",
         of_images=False,
