@@ -21,31 +21,30 @@ from pretrain.recipe import Recipe
 from pretrain.trainer import Trainer
 from tiny import CPU, TINY, Killed
 
-SCENES = "scenes?train=80&val=60&size=32"
 RANDOM = "random:vit_tiny_patch16_224?image_size=32&patch_size=8&depth=1"
 FEW = ["--set", "k=5", "--set", "penalties=[0.01, 1]", "--device", "cpu", "--workers", "0"]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs of DINO+MTE with two tokens of each kind, and a snapshot of each."""
     out = tmp_path_factory.mktemp("trained")
     recipe = merge(TINY, {"mte": {"auxiliary_cls": 2, "pooled": 2}, "epochs": 2, "snapshot_every": 1})
-    Trainer(Recipe.check(recipe, "recipe"), open_source(SCENES, "train"), out, device=CPU, workers=0).run()
+    Trainer(Recipe.check(recipe, "recipe"), open_source(str(folder), "train"), out, device=CPU, workers=0).run()
     return out
 
 
-def analyse(out: Path, *arguments: str) -> Any:
-    return run(["analyze", "token-quality", *arguments, "--data", SCENES, "--out", str(out), *FEW])
+def analyse(folder: Path, out: Path, *arguments: str) -> Any:
+    return run(["analyze", "token-quality", *arguments, "--data", str(folder), "--out", str(out), *FEW])
 
 
-def test_each_state_is_worth_what_other_analyses_of_it_find(trained: Path, tmp_path: Path) -> None:
-    record = analyse(tmp_path / "quality", str(trained), "--with", RANDOM)
+def test_each_state_is_worth_what_other_analyses_of_it_find(folder: Path, trained: Path, tmp_path: Path) -> None:
+    record = analyse(folder, tmp_path / "quality", str(trained), "--with", RANDOM)
     ours = json.loads((tmp_path / "quality" / "token-quality.json").read_text())["runs"]
     first, second = ours.values()
     assert first["epochs"] == [0, 1, 2] and second["epochs"] == [0]
     for place, state in enumerate([snapshot_folder(trained, 0), snapshot_folder(trained, 1), trained]):
-        options = [str(state), "--data", SCENES, *FEW, "--out", str(tmp_path / f"alone-{place}")]
+        options = [str(state), "--data", str(folder), *FEW, "--out", str(tmp_path / f"alone-{place}")]
         alone = run(["analyze", "pairs", *options]).metrics
         for probe, name in (("knn", "top1_"), ("linear", "top1_linear_")):
             found = {key: values[place] for key, values in first["top1"].items()}
@@ -54,7 +53,7 @@ def test_each_state_is_worth_what_other_analyses_of_it_find(trained: Path, tmp_p
             for kind in ("cls", "pooled"):
                 mean = np.mean([alone[f"{name}{kind}_{number}"].value for number in (1, 2)])
                 assert found[f"{probe}_mean_{kind}"] == pytest.approx(mean)
-    options = [str(trained), "--data", SCENES, "--set", "k=5", "--workers", "0", "--out", str(tmp_path / "by-class")]
+    options = [str(trained), "--data", str(folder), "--set", "k=5", "--workers", "0", "--out", str(tmp_path / "by-class")]
     together = run(["analyze", "per-class", *options]).metrics["top1_all_auxiliary"].value
     assert first["top1"]["knn_all_auxiliary"][-1] == together
     assert set(second["top1"]) == {"knn_global", "linear_global"}
@@ -62,7 +61,9 @@ def test_each_state_is_worth_what_other_analyses_of_it_find(trained: Path, tmp_p
     assert len(record.subject.parts) == 2
 
 
-def test_a_stop_loses_no_state_that_was_measured(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_loses_no_state_that_was_measured(
+    folder: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     measured: list[int] = []
     real = token_quality.measure_tokens
 
@@ -74,18 +75,18 @@ def test_a_stop_loses_no_state_that_was_measured(trained: Path, tmp_path: Path, 
 
     monkeypatch.setattr(token_quality, "measure_tokens", counted)
     with pytest.raises(Killed):
-        analyse(tmp_path, str(trained))
+        analyse(folder, tmp_path, str(trained))
     assert not (tmp_path / "record.json").exists()
     measured.clear()
-    stopped_once = analyse(tmp_path, str(trained))
+    stopped_once = analyse(folder, tmp_path, str(trained))
     assert len(measured) == 1
-    assert stopped_once.details["runs"][trained.name]["epochs"] == [0, 1, 2]
+    assert list(stopped_once.details["runs"][trained.name]["epochs"]) == [0, 1, 2]
 
 
-def test_a_suite_lists_it_and_a_state_without_an_epoch_is_refused(trained: Path, tmp_path: Path) -> None:
+def test_a_suite_lists_it_and_a_state_without_an_epoch_is_refused(folder: Path, trained: Path, tmp_path: Path) -> None:
     settings = json.dumps({"k": 5, "penalties": [0.01, 1]})
     suite = tmp_path / "suite.yaml"
-    suite.write_text(f"checkpoints: ['{trained}']\ndata: '{SCENES}'\ntasks: [{{task: token-quality, set: {settings}}}]\n")
+    suite.write_text(f"checkpoints: ['{trained}']\ndata: '{folder}'\ntasks: [{{task: token-quality, set: {settings}}}]\n")
     cells = cells_of(load_suite(str(suite)), "suite", tmp_path / "out", {"device": "cpu", "workers": 0})
     (done,) = work(cells)
     assert done.status == "done" and done.record is not None and done.record.task == "token-quality"
@@ -93,4 +94,4 @@ def test_a_suite_lists_it_and_a_state_without_an_epoch_is_refused(trained: Path,
     spec = EncoderSpec(arch="vit_tiny_patch16_224", image_size=32, patch_size=8, options={"depth": 1})
     save_encoder(tmp_path / "someone.safetensors", build_encoder(spec), {})
     with pytest.raises(UserError, match="after how many epochs it is, is not known"):
-        analyse(tmp_path / "never", str(tmp_path / "someone.safetensors"))
+        analyse(folder, tmp_path / "never", str(tmp_path / "someone.safetensors"))
