@@ -191,9 +191,9 @@ def draw(path: Path, lines: Sequence[Line[Monitored]], found: Sequence[Reached |
     unit, size = ("hours", 3600) if longest >= 7200 else ("minutes", 60) if longest >= 120 else ("seconds", 1)
     even = not all(run.timed for line in lines for run in line.runs)
     names = ("epoch", f"training time ({unit}{'; ' + SPREAD if even else ''})")
-    with picture(path, 9.6, 3.7) as figure:
+    with picture(path, 8.6 + 0.08 * max(len(line.label) for line in lines), 3.7) as figure:
         for side, axes in enumerate(figure.subplots(1, 2, sharey=True)):
-            scale, ends = (size if side else 1), []
+            scale, ends, rings = (size if side else 1), [], 0
             for line, one in zip(lines, found, strict=True):
                 runs = [run.points[:, [side, 2]] / (scale, 1) for run in line.runs]
                 ends.append((*draw_line(axes, line, runs, mean_points(line)[:, [side, 2]] / (scale, 1)), line))
@@ -201,8 +201,9 @@ def draw(path: Path, lines: Sequence[Line[Monitored]], found: Sequence[Reached |
                     x, end = one.mean[side] / scale, np.mean([run.points[-1, side] for run in one.plain.runs]) / scale
                     axes.plot([x, end], [one.target] * 2, color="0.5", linewidth=1)
                     axes.plot(x, one.target, "o", markersize=11, markerfacecolor="none", markeredgecolor="black")
-                    text = f"{x:.3g} {unit}" if side else f"epoch {x:.1f}"
-                    axes.annotate(text, (x, one.target), (6, -14), textcoords="offset points", fontsize=9)
+                    below = (6, -14 - 11 * rings)  # of several, one under the other
+                    axes.annotate(f"{x:.3g}", (x, one.target), below, textcoords="offset points", fontsize=9, color=line.colour)
+                    rings += 1
             axes.set_xlabel(names[side])
             axes.set_xlim(left=0)
             axes.xaxis.get_major_locator().set_params(integer=not side)

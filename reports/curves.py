@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mte_bench.plotting import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
+from mte_bench.plotting import COLOURS as PALETTE
 from mte_bench.records import Record
 from reports.collect import Entry, Unusable
-from reports.naming import method_key, method_title
+from reports.naming import method_key, method_title, peculiarity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 Points = NDArray[np.float64]
 
 COLOURS = {"dino": BLUE, "ibot": RED, "byol": GREEN, "mocov3": PINK, "moby": ORANGE, "hssl": SKY}
-"""The colour of a method is the same in every report; with MTE the line is solid, without it dashed."""
+"""The colour of a method is the same in every report, but for its second recipe and further ones; with MTE the line is solid,
+without it dashed."""
 
 FINEST = 20  # points of a loss curve that is shorter than so many epochs; longer ones have one per epoch
 MARKED = 10  # points up to which each is marked on its line
@@ -44,12 +46,8 @@ class Line(Generic[R]):
     label: str
     method: str
     mte: bool
+    colour: str
     runs: tuple[R, ...]
-
-    @property
-    def colour(self) -> str:
-        """The method's."""
-        return COLOURS.get(self.method, BLACK)
 
 
 def curve_lines(entry: Entry, unusable: list[Unusable]) -> Iterator[dict[str, Any]]:
@@ -102,17 +100,21 @@ def lines_of(members: Sequence[tuple[Entry, R]]) -> list[Line[R]]:
         subject = entry.record.subject
         key = (method_title(subject), subject.epochs or 0, subject.recipe_hash or subject.recipe or "")
         kinds.setdefault(key, []).append((entry.record, run))
-    titles = [key[0] for key in kinds]
-    with_epochs = [key[:2] for key in kinds]
-    lines = []
+    methods = {method_key(records[0][0].subject.method or "") for records in kinds.values()}
+    further = [colour for colour in PALETTE if colour not in {COLOURS.get(method, BLACK) for method in methods}]
+    lines: list[Line[R]] = []
     for (title, epochs, recipe), runs in sorted(kinds.items(), key=lambda item: tuple(map(str, item[0]))):
-        label = str(title)
-        if titles.count(title) > 1:
+        label, subject = str(title), runs[0][0].subject
+        alike = [(key, others[0][0].protocol.settings) for key, others in kinds.items() if key[0] == title]
+        if len({key[1] for key, _ in alike}) > 1:
             label += f", {epochs:g} epochs"
-        if with_epochs.count((title, epochs)) > 1:
-            label += f", {str(recipe)[:6]}"
-        subject = runs[0][0].subject
-        lines.append(Line(label, method_key(subject.method or ""), subject.mte, tuple(run for _, run in runs)))
+        recipes = [settings for key, settings in alike if key[1] == epochs]
+        if len(recipes) > 1:
+            label += f", {peculiarity(runs[0][0].protocol.settings, recipes) or str(recipe)[:6]}"
+        method = method_key(subject.method or "")
+        before = sum(line.method == method and line.mte == subject.mte for line in lines)
+        own = [COLOURS.get(method, BLACK), *further]
+        lines.append(Line(label, method, subject.mte, own[before % len(own)], tuple(run for _, run in runs)))
     return lines
 
 

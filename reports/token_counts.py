@@ -14,10 +14,10 @@ import numpy as np
 from mte_bench.errors import UserError
 from mte_bench.plotting import COLOURS, picture
 from mte_bench.records import Metric, Record
-from reports.collect import HEADLINES, Collection, Entry, headline, images_key, protocol_text
+from reports.collect import Collection, Entry, images_key, protocol_text
 from reports.joint import conclude, pretrained, show
-from reports.naming import data_title
-from reports.tables import flat
+from reports.naming import data_title, flat
+from reports.topics import HEADLINES, headline
 
 Counts = tuple[int, int]
 """Auxiliary CLS tokens and adaptively pooled ones."""

@@ -27,8 +27,8 @@ def draw_tracks(
     A measure has one scale for all runs. From the second run on, the first kind's line of the first run is drawn again,
     dotted and grey, to compare with.
     """
-    across = min(len(tracks), MOST_COLUMNS)
-    blocks = -(-len(tracks) // across)
+    blocks = -(-len(tracks) // MOST_COLUMNS)
+    across = -(-len(tracks) // blocks)
     rows = blocks * len(measures)
     first = next(iter(tracks))
     base = next(iter(kinds))
