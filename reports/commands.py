@@ -6,7 +6,7 @@ import typer
 
 Runs = Annotated[list[str], typer.Argument(help="Folders (or record.json files); every record below them is read.")]
 PretrainingRuns = Annotated[
-    list[str], typer.Argument(metavar="RUN...", help="Run folders of pretrain, or folders of such; every record below is read.")
+    list[str], typer.Argument(metavar="RUN", help="Run folders of pretrain, or folders of such; every record below is read.")
 ]
 JointOut = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the record (default: under runs/).")]
 NoPictures = Annotated[bool, typer.Option("--no-pictures-of-images", help="Leave out pictures that show the data's images.")]
