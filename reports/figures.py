@@ -15,6 +15,7 @@ from reports.curves import Curves, Line, draw_line, label_ends, lines_of, mean_o
 from reports.naming import architecture_title, data_title, method_title, slug
 
 FOLDER = "figures"
+SHORT = 16  # letters of a label that fit beside a panel of the usual width
 MOST_LINES = 16  # in one picture; more labels would not fit beside its axes
 
 
@@ -160,7 +161,8 @@ def draw_curves(collection: Collection, out: Path) -> list[Figure]:
 def _draw_curves(path: Path, lines: list[Line[Curves]]) -> None:
     panels = [("loss", "training loss"), ("knn", "k-NN top-1 while training (%)")]
     panels = [(name, title) for name, title in panels if any(len(getattr(run, name)) for line in lines for run in line.runs)]
-    with picture(path, 4.6 * len(panels) + 0.4, 3.4) as figure:
+    long = max(0, max(len(line.label) for line in lines) - SHORT)
+    with picture(path, (4.6 + 0.085 * long) * len(panels) + 0.4, 3.4) as figure:
         for (name, title), axes in zip(panels, np.ravel(figure.subplots(1, len(panels))), strict=True):
             ends = []
             for line in lines:
