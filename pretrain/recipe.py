@@ -11,6 +11,7 @@ from mte_bench.encoders.encoder import Init
 from mte_bench.encoders.token_learner import TokenLearnerSettings
 from mte_bench.encoders.tokens import AuxiliarySettings
 from mte_bench.errors import UserError, did_you_mean
+from mte_bench.files import hash_of
 from mte_bench.settings import Settings, load_yaml, merge, override
 from pretrain.methods import METHODS
 
@@ -176,6 +177,9 @@ class Recipe(Settings):
     mte: MTE | None = None
     knn_every: int | None = None
     """Measure k-NN every so many epochs on the data's val split (null: never)."""
+    snapshot_every: int = Field(0, ge=0)
+    """Keep, every so many epochs and of the untrained state, what the final export keeps (0: never). It changes nothing of
+    what is trained, so it belongs neither to the recipe's hash nor to what must be the same for a run to go on."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -201,6 +205,11 @@ class Recipe(Settings):
         sizes = [size for size in range(2, SMOKE_BATCH + 1) if self.batch_size % (size * processes) == 0]
         batch = processes * max(sizes, key=lambda size: (size % 2 == 0, size), default=SMOKE_BATCH)
         return self.model_copy(update={"epochs": 1, "batch_size": batch, "accumulate": 1, "knn_every": 1})
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits that change when, and only when, a setting changes that is not of snapshots alone."""
+        return hash_of(self.model_dump(mode="json", exclude={"snapshot_every"}))
 
     @property
     def title(self) -> str:

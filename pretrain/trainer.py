@@ -19,7 +19,15 @@ from mte_bench.console import log
 from mte_bench.data.sources import ImageSet, require_classes
 from mte_bench.data.transforms import normalise
 from mte_bench.device import autocast, peak_memory
-from mte_bench.encoders.checkpoint import open_checkpoint, save_auxiliary, save_classifier, save_encoder
+from mte_bench.encoders.checkpoint import (
+    AUXILIARY_NAME,
+    ENCODER_NAME,
+    open_checkpoint,
+    save_auxiliary,
+    save_classifier,
+    save_encoder,
+)
+from mte_bench.encoders.snapshots import snapshot_folder
 from mte_bench.errors import UserError
 from mte_bench.files import write_text
 from mte_bench.training import state
@@ -82,7 +90,7 @@ class Trainer(Loop[Batch]):
     def identity(self) -> dict[str, Any]:  # type: ignore[override]
         """See ``Loop``; the fingerprint of the data may take long."""
         return {
-            "recipe": self.recipe.model_dump(mode="json", exclude={"description", "paper_row", "knn_every"}),
+            "recipe": self.recipe.model_dump(mode="json", exclude={"description", "paper_row", "knn_every", "snapshot_every"}),
             "seed": self.seed,
             "data": self.images.fingerprint,
             "precision": str(self.precision).removeprefix("torch."),
@@ -224,12 +232,14 @@ class Trainer(Loop[Batch]):
         return f"its batch is listed in {listing} ({names[0]}, ...); the last good checkpoint is {last}; "
 
     def describe(self) -> None:
-        """The resolved recipe and a picture of the views."""
+        """The resolved recipe, a picture of the views and, if snapshots are kept, the untrained state."""
         import yaml
 
         values = self.recipe.model_dump(mode="json")
         write_text(self.out / "recipe.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
         draw_views(self.out / "views.png", self.images, self.recipe.views, self.seed)
+        if self.recipe.snapshot_every:
+            self._export(snapshot_folder(self.out, 0))
 
     def measures(self, epoch: int) -> bool:
         """Whether k-NN is due."""
@@ -244,7 +254,7 @@ class Trainer(Loop[Batch]):
         found = {"knn_top1": knn_top1(branch.encoder, self.images, *how)}
         if self.method.labelled:
             found["classifier_top1"] = classifier_top1(branch.encoder, branch.head, *how)
-        self.curves.line({"step": self.step, "epoch": self.epoch, **found})
+        self.curves.line({"step": self.step, "epoch": self.epoch, "seconds": self.trained_seconds, **found})
         words = ", ".join(f"{key.removesuffix('_top1')} {value:.2f} %" for key, value in found.items())
         log(f"\nepoch {self.epoch:.0f}: top-1 by {words}")
 
@@ -254,7 +264,15 @@ class Trainer(Loop[Batch]):
         return self.teacher if self.method.evaluates == "teacher" else self.student
 
     def export(self) -> None:
-        """The encoder that is kept, its classifier and the auxiliary part, where there are any."""
+        """The encoder that is kept, its classifier and the auxiliary part; and the same as a snapshot, if one is due."""
+        self._export(self.out)
+        epoch, rest = divmod(self.step, self.steps_per_epoch)
+        every = self.recipe.snapshot_every
+        if every and rest == 0 and epoch % every == 0 and epoch < self.recipe.epochs:  # the last one is the run's own export
+            self._export(snapshot_folder(self.out, epoch))
+
+    def _export(self, folder: Path) -> None:
+        """Write what is kept into ``folder``; the encoder last, so that where it is the rest is too."""
         recipe, branch = self.recipe, self.evaluated
         metadata = {
             "method": recipe.method,
@@ -268,9 +286,8 @@ class Trainer(Loop[Batch]):
             "data": self.images.source,
             "data_fingerprint": self.images.fingerprint,
         }
-        save_encoder(self.out / "encoder.safetensors", branch.encoder, metadata)
         if self.method.labelled:
-            save_classifier(self.out / "classifier.safetensors", branch.head, self.images.classes, metadata)
+            save_classifier(folder / "classifier.safetensors", branch.head, self.images.classes, metadata)
         if branch.auxiliary is not None:
             self._lend_statistics(branch)
             heads = {"global": branch.head, "tail": branch.tail, "fusion": branch.fusion}
@@ -278,7 +295,8 @@ class Trainer(Loop[Batch]):
                 heads["auxiliary"] = branch.heads
             if branch.fused_tails:
                 heads["fused_tails"] = branch.fused_tails
-            save_auxiliary(self.out / "auxiliary.safetensors", branch.auxiliary, heads, metadata)
+            save_auxiliary(folder / AUXILIARY_NAME, branch.auxiliary, heads, metadata)
+        save_encoder(folder / ENCODER_NAME, branch.encoder, metadata)
 
     def _lend_statistics(self, branch: mte.Branch) -> None:
         """Give batch normalisations that ``branch`` never passes (a teacher's for the global token) the student's statistics."""

@@ -1,10 +1,14 @@
-"""The verbs ``report``, ``compare`` and ``check``."""
+"""The verbs ``report``, ``compare`` and ``check``, and the analyses of several runs."""
 
 from typing import Annotated, Any
 
 import typer
 
 Runs = Annotated[list[str], typer.Argument(help="Folders (or record.json files); every record below them is read.")]
+PretrainingRuns = Annotated[
+    list[str], typer.Argument(metavar="RUN", help="Run folders of pretrain, or folders of such; every record below is read.")
+]
+JointOut = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the record (default: under runs/).")]
 NoPictures = Annotated[bool, typer.Option("--no-pictures-of-images", help="Leave out pictures that show the data's images.")]
 
 
@@ -43,6 +47,29 @@ def report(
     count = f", {len(written.unusable)} files left out" if written.unusable else ""
     log(f"{written.page} and {written.page.with_suffix('.html').name} ({written.summary['records']} records{count})")
     return written
+
+
+def convergence(
+    runs: PretrainingRuns,
+    metric: Annotated[str, typer.Option(help="Of the curves: knn_top1, or classifier_top1 of supervised runs.")] = "knn_top1",
+    out: JointOut = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the record as JSON on stdout.")] = False,
+) -> Any:
+    """How fast runs get better: the monitored metric against epochs and time, and when +MTE reaches plain's end."""
+    from reports.convergence import convergence
+
+    return convergence(runs, metric, out, json)
+
+
+def token_counts(
+    runs: PretrainingRuns,
+    out: JointOut = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the record as JSON on stdout.")] = False,
+) -> Any:
+    """How many auxiliary tokens are enough: the runs' evaluations against their numbers of tokens of each kind."""
+    from reports.token_counts import token_counts
+
+    return token_counts(runs, out, json)
 
 
 def compare(

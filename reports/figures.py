@@ -5,29 +5,17 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mte_bench.files import atomic
-from mte_bench.plotting import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, picture
-from mte_bench.records import Record
+from mte_bench.plotting import picture
 from reports.collect import Collection, Entry, Unusable
-from reports.naming import architecture_title, data_title, method_key, method_title, slug
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Points = NDArray[np.float64]
+from reports.curves import Curves, Line, draw_line, label_ends, lines_of, mean_of, read_curves
+from reports.naming import architecture_title, data_title, method_title, slug
 
 FOLDER = "figures"
-COLOURS = {"dino": BLUE, "ibot": RED, "byol": GREEN, "mocov3": PINK, "moby": ORANGE, "hssl": SKY}
-"""The colour of a method is the same in every report; with MTE the line is solid, without it dashed."""
-
-FINEST = 20  # points of a loss curve that is shorter than so many epochs; longer ones have one per epoch
-MARKED = 10  # points up to which each is marked on its line
-GAP = 0.062  # between two labels at the ends of lines, as a share of the axis
+SHORT = 16  # letters of a label that fit beside a panel of the usual width
 MOST_LINES = 16  # in one picture; more labels would not fit beside its axes
 
 
@@ -101,9 +89,36 @@ KINDS = (
         "pairs",
         "picture",
         "Pairs of tokens",
-        "What two tokens side by side know beyond the better of them.",
+        "What two tokens side by side know beyond the better of them, by k-NN and by a linear probe.",
         "gains away from the diagonal, larger where CKA is low.",
         "Figure 9",
+        of_images=False,
+    ),
+    Kind(
+        "token-quality",
+        "picture",
+        "Tokens along pre-training",
+        "k-NN and linear probe of the global token, of the auxiliary ones by kind and of all of them together, along the run.",
+        "a global token that rises with the auxiliary ones where they teach it, and falls behind where nothing is distilled.",
+        "Figures 12 and 13",
+        of_images=False,
+    ),
+    Kind(
+        "convergence",
+        "picture",
+        "Convergence",
+        "The metric that was monitored against epochs and against training time, thin for single seeds.",
+        "the ring: where a run with MTE is as good as the plain one ends. It must lie to the left in time too to save any.",
+        "Figure 2",
+        of_images=False,
+    ),
+    Kind(
+        "token-counts",
+        "picture",
+        "Numbers of tokens",
+        "What runs are worth that differ in nothing but their numbers of auxiliary CLS tokens and adaptively pooled tokens.",
+        "where a line stops rising, and whether seeds lie farther apart than its points.",
+        "Figure 15",
         of_images=False,
     ),
     Kind(
@@ -121,24 +136,6 @@ PREFIXES = tuple(f"{name}-" for name in ("curves", "views", *(kind.task for kind
 """How the names of a report's pictures begin; what begins so in its folder is the report's own."""
 
 
-@dataclass(frozen=True)
-class Curves:
-    """One run's curves: ``n 2`` points of (epoch, value)."""
-
-    loss: Points
-    knn: Points
-
-
-@dataclass(frozen=True)
-class Line:
-    """A method's runs over their seeds."""
-
-    label: str
-    method: str
-    mte: bool
-    runs: tuple[Curves, ...]
-
-
 def draw_curves(collection: Collection, out: Path) -> list[Figure]:
     """One picture of loss and k-NN over epochs per data and architecture, from the curves of the pre-training runs."""
     groups: dict[tuple[str, str, str], list[tuple[Entry, Curves]]] = {}
@@ -151,7 +148,7 @@ def draw_curves(collection: Collection, out: Path) -> list[Figure]:
             groups.setdefault(key, []).append((entry, curves))
     figures: list[Figure] = []
     for (data, _, architecture), members in groups.items():
-        every = _lines(members)
+        every = lines_of(members)
         for start in range(0, len(every), MOST_LINES):
             lines = every[start : start + MOST_LINES]
             file = _unused(figures, f"curves-{slug(data)}", ".png")
@@ -161,131 +158,22 @@ def draw_curves(collection: Collection, out: Path) -> list[Figure]:
     return figures
 
 
-def read_curves(entry: Entry, unusable: list[Unusable]) -> Curves | None:
-    """The curves of a pre-training run; lines that a stop cut in two are left out. None if there is no curve."""
-    path = entry.folder / entry.record.files.get("curves", "curves.jsonl")
-    if not path.is_file():
-        return None
-    loss: dict[float, float] = {}
-    knn: dict[float, float] = {}
-    broken = 0
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-            epoch = float(line["epoch"])
-            for key, points in (("loss", loss), ("knn_top1", knn)):
-                if key in line:
-                    points[epoch] = float(line[key])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            broken += 1
-    if broken:
-        unusable.append(Unusable(path, f"{broken} of its lines cannot be read and are not drawn"))
-    return Curves(_mean_per_epoch(_points(loss)), _points(knn)) if loss or knn else None
-
-
-def _points(values: dict[float, float]) -> Points:
-    points = np.array(sorted(values.items()), dtype=np.float64).reshape(-1, 2)
-    return points[np.isfinite(points).all(axis=1)]
-
-
-def _mean_per_epoch(points: Points) -> Points:
-    """Means over intervals that end at whole epochs (of a short run: at parts of epochs)."""
-    if len(points) <= FINEST:
-        return points
-    last = points[-1, 0]
-    width = 1.0 if last >= FINEST else last / FINEST
-    interval = np.ceil(points[:, 0] / width - 1e-6).astype(int)
-    kept, index = np.unique(interval, return_inverse=True)
-    return np.stack([kept * width, np.bincount(index, points[:, 1]) / np.bincount(index)], axis=1)
-
-
-def _lines(members: Sequence[tuple[Entry, Curves]]) -> list[Line]:
-    """The runs of each recipe together; a label says no more than is needed to tell the lines apart."""
-    kinds: dict[tuple[object, ...], list[tuple[Record, Curves]]] = {}
-    for entry, curves in members:
-        subject = entry.record.subject
-        key = (method_title(subject), subject.epochs or 0, subject.recipe_hash or subject.recipe or "")
-        kinds.setdefault(key, []).append((entry.record, curves))
-    titles = [key[0] for key in kinds]
-    with_epochs = [key[:2] for key in kinds]
-    lines = []
-    for (title, epochs, recipe), runs in sorted(kinds.items(), key=lambda item: tuple(map(str, item[0]))):
-        label = str(title)
-        if titles.count(title) > 1:
-            label += f", {epochs:g} epochs"
-        if with_epochs.count((title, epochs)) > 1:
-            label += f", {str(recipe)[:6]}"
-        subject = runs[0][0].subject
-        lines.append(Line(label, method_key(subject.method or ""), subject.mte, tuple(curves for _, curves in runs)))
-    return lines
-
-
-def _draw_curves(path: Path, lines: list[Line]) -> None:
+def _draw_curves(path: Path, lines: list[Line[Curves]]) -> None:
     panels = [("loss", "training loss"), ("knn", "k-NN top-1 while training (%)")]
     panels = [(name, title) for name, title in panels if any(len(getattr(run, name)) for line in lines for run in line.runs)]
-    with picture(path, 4.6 * len(panels) + 0.4, 3.4) as figure:
+    long = max(0, max(len(line.label) for line in lines) - SHORT)
+    with picture(path, (4.6 + 0.085 * long) * len(panels) + 0.4, 3.4) as figure:
         for (name, title), axes in zip(panels, np.ravel(figure.subplots(1, len(panels))), strict=True):
             ends = []
             for line in lines:
                 runs = [points for run in line.runs if len(points := getattr(run, name))]
                 if runs:
-                    ends.append((*_draw_line(axes, line, runs), line))
+                    ends.append((*draw_line(axes, line, runs, mean_of(runs)), line))
             axes.set_title(title, loc="left", fontsize=11)
             axes.set_xlabel("epoch")
             axes.set_xlim(left=0)
             axes.margins(y=0.08)
-            _label_ends(axes, ends)
-
-
-def _draw_line(axes: "Axes", line: Line, runs: list[Points]) -> tuple[float, float]:
-    """Seeds thin, their mean thick over the epochs that all have; returns where it ends."""
-    from matplotlib.collections import LineCollection
-
-    colour, style = COLOURS.get(line.method, BLACK), "-" if line.mte else (0, (4, 1.6))
-    if len(runs) > 1:  # one artist for all: many seeds would take a second a picture
-        axes.add_collection(LineCollection(runs, colors=colour, linestyles=[style], linewidths=0.8, alpha=0.4))
-        axes.autoscale_view()
-    common = sorted(set.intersection(*({round(x, 6) for x in points[:, 0]} for points in runs)))
-    if not common:
-        return float(runs[0][-1, 0]), float(runs[0][-1, 1])
-    mean = np.mean([points[np.isin(np.round(points[:, 0], 6), common), 1] for points in runs], axis=0)
-    marker = "o" if len(common) <= MARKED else None
-    axes.plot(common, mean, color=colour, linestyle=style, linewidth=2.2, marker=marker, markersize=3.5)
-    return common[-1], float(mean[-1])
-
-
-def _label_ends(axes: "Axes", ends: list[tuple[float, float, Line]]) -> None:
-    """Each line's name beside its end, moved apart where two would overlap."""
-    low, high = axes.get_ylim()
-    ordered = sorted(ends, key=lambda end: end[1])
-    places = _apart([(y - low) / (high - low) for _, y, _ in ordered])
-    for place, (_, _, line) in zip(places, ordered, strict=True):
-        axes.annotate(
-            line.label,
-            (1.02, place),
-            xycoords="axes fraction",
-            va="center",
-            color=COLOURS.get(line.method, BLACK),
-            fontweight="bold" if line.mte else "normal",
-            fontsize=9,
-            annotation_clip=False,
-        )
-
-
-def _apart(places: list[float]) -> list[float]:
-    """Ascending ``places``, those closer than ``GAP`` spread evenly around their mean."""
-    groups: list[list[float]] = []
-    for place in places:
-        groups.append([place])
-        while len(groups) > 1 and _spread(groups[-1])[0] - _spread(groups[-2])[-1] < GAP:
-            last = groups.pop()
-            groups[-1] += last
-    return [place for group in groups for place in _spread(group)]
-
-
-def _spread(group: list[float]) -> list[float]:
-    middle = sum(group) / len(group)
-    return [middle + GAP * (index - (len(group) - 1) / 2) for index in range(len(group))]
+            label_ends(axes, ends)
 
 
 def copy_pictures(collection: Collection, out: Path, of_images: bool = True) -> dict[Kind, list[Figure]]:

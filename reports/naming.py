@@ -2,7 +2,9 @@
 
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
+from typing import Any
 
 from mte_bench.records import Subject
 
@@ -17,6 +19,9 @@ METHODS = {
     "dinov2": "DINOv2",
     "mae": "MAE",
 }
+
+MOST_DIFFERING = 4  # settings that tell recipes apart by name; more are a recipe of their own
+_NOT_TOLD = ("description", "snapshot_every")
 
 _SIZES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
 _VIT = re.compile(r"(vit|deit)_(tiny|small|base|large|huge)_patch(\d+)_\d+")
@@ -61,6 +66,29 @@ def architecture_title(subject: Subject) -> str:
     options = [f"{_OPTIONS.get(key, key)} {subject.arch_options[key]}" for key in order if key in subject.arch_options]
     title += f" ({', '.join(options)})" if options else ""
     return title if subject.image_size in (None, 224) else f"{title} at {subject.image_size} px"
+
+
+def peculiarity(recipe: Mapping[str, Any], alike: Sequence[Mapping[str, Any]]) -> str:
+    """What ``recipe`` sets where the recipes ``alike`` differ, ``target each``; "" if that is not known or is too much to say."""
+    recipes = [flat(other) for other in alike]
+    keys = list(dict.fromkeys(key for other in recipes for key in other if key not in _NOT_TOLD))
+    differing = [key for key in keys if any(other.get(key, "–") != recipes[0].get(key, "–") for other in recipes)]
+    if not all(recipes) or len(differing) > MOST_DIFFERING:
+        return ""
+    own = flat(recipe)
+    return ", ".join(f"{key.rpartition('.')[2]} {_setting(own.get(key, '–'))}" for key in differing)
+
+
+def _setting(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def flat(settings: Mapping[str, Any], start: str = "") -> dict[str, Any]:
+    """``{"mte": {"pooled": 6}}`` as ``{"mte.pooled": 6}``."""
+    result: dict[str, Any] = {}
+    for key, value in settings.items():
+        result |= flat(value, f"{start}{key}.") if isinstance(value, Mapping) else {f"{start}{key}": value}
+    return result
 
 
 def data_title(source: str) -> str:

@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import normalized_mutual_info_score
+from scipy.special import softmax
+from sklearn.linear_model import RidgeClassifier
+from sklearn.metrics import log_loss, normalized_mutual_info_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from downstream.analysis.lookup import by_class, sets_of, wins
 from downstream.analysis.pseudo_labels import agreement, matched_accuracy
+from downstream.linear.heads import hold_out
 from mte_bench.cli import run
 from mte_bench.data.sources import SPLITS, Split, open_source
 from mte_bench.data.transforms import EvaluationTransform
@@ -93,6 +96,39 @@ def test_a_pairs_gain_is_over_its_better_token(trained: Path, tmp_path: Path) ->
     np.testing.assert_allclose(gain[~np.eye(5, dtype=bool)], (together - better)[~np.eye(5, dtype=bool)], atol=2e-3)
     upper = np.triu_indices(4, 1)
     assert record.metrics["pair_gain"].value == pytest.approx(gain[1:, 1:][upper].mean(), abs=2e-3)
+
+
+def test_a_pairs_linear_probe_is_scikit_learns_ridge_on_its_features(trained: Path, tmp_path: Path) -> None:
+    """Penalties, held-out images and the choice among them worked out again, on the features of the pair alone."""
+    record, values = analyse("pairs", trained, tmp_path, "--set", "k=3")
+    model = open_checkpoint(str(trained)).multi_token()
+    assert model is not None
+    tokens, labels = {}, {}
+    for split in SPLITS:
+        images, labels[split] = pixels(split, model.encoder.spec)
+        with torch.no_grad():
+            kept, auxiliary = model(images)
+        every = torch.cat([kept.global_token.unsqueeze(1), auxiliary], dim=1).double()
+        tokens[split] = torch.nn.functional.normalize(every, dim=2).numpy()
+    truth, penalties = labels["train"], record.protocol.settings["penalties"]
+    held = hold_out(truth, record.protocol.settings["held_out"], record.protocol.settings["seed"])
+    for pair in [(0, 0), (0, 3), (1, 2), (2, 4)]:
+        bank, asked = (tokens[split][:, sorted(set(pair))].reshape(len(tokens[split]), -1) for split in SPLITS)
+
+        def ridge(rows: np.ndarray, penalty: float, bank: np.ndarray = bank) -> RidgeClassifier:
+            return RidgeClassifier(penalty * bank[rows].var(axis=0).mean() * rows.sum()).fit(bank[rows], truth[rows])
+
+        tried = [ridge(~held, penalty) for penalty in penalties]
+        losses = [log_loss(truth[held], softmax(one.decision_function(bank[held]), axis=1), labels=range(10)) for one in tried]
+        right = [one.score(bank[held], truth[held]) for one in tried]
+        best = max(range(len(tried)), key=lambda place: (round(right[place], 9), -losses[place]))
+        expected = ridge(np.ones(len(truth), dtype=bool), penalties[best]).score(asked, labels["val"])
+        assert values["top1_linear"][pair[0]][pair[1]] == pytest.approx(100 * expected, abs=1e-3), pair
+    together, gain = np.array(values["top1_linear"]), np.array(values["gain_linear"], dtype=float)
+    better = np.maximum.outer(np.diag(together), np.diag(together))
+    upper = np.triu_indices(5, 1)
+    np.testing.assert_allclose(gain[upper], (together - better)[upper], atol=2e-3)
+    assert record.metrics["pair_gain_linear"].value == pytest.approx(gain[1:, 1:][np.triu_indices(4, 1)].mean(), abs=2e-3)
 
 
 def test_an_encoder_without_auxiliary_tokens_has_its_mean_patch(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def measure_cka(protocol: CKAProtocol, prepared: Prepared, seen: Seen) -> Outcom
         metrics=metrics,
         values={"names": names, "exact": rounded(exact), "minibatch": rounded(estimated)},
         draw=lambda path, subject: draw_pairs(
-            path, exact, names, f"Linear CKA between {between}\n{subject}", "linear CKA", (0, 1)
+            path, {"": exact}, names, f"Linear CKA between {between}\n{subject}", "linear CKA", (0, 1)
         ),
         details={"between": between, "estimators_max_abs_difference": float(np.abs(exact - estimated).max())},
     )

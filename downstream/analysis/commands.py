@@ -155,11 +155,40 @@ def pairs(
     dry_run: DryRun = False,
     smoke: Smoke = False,
 ) -> Any:
-    """What two tokens know together: k-NN accuracy of each pair against its better half."""
+    """What two tokens know together: accuracy of each pair against its better half, by k-NN and a linear probe."""
     options = dict(locals())
     from downstream.analysis.pairs import PAIRS
 
     return _study(PAIRS, **options)
+
+
+@analyze.command(name="token-quality")
+def token_quality(
+    checkpoint: Checkpoint,
+    data: Source,
+    others: Annotated[
+        list[str] | None, typer.Option("--with", metavar="RUN", help="Another run, drawn beside the first (repeatable).")
+    ] = None,
+    out: Out = None,
+    count: Count = None,
+    bank: Annotated[int | None, typer.Option(min=4, help="Train images to learn from (default: the protocol's, 10000).")] = None,
+    protocol: Protocol = "token-quality",
+    set_: Set = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    allow_corrupt: AllowCorrupt = 0,
+    allow_partial: AllowPartial = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+) -> Any:
+    """How good each kind of token is along pre-training: k-NN and linear probe at every snapshot of a run."""
+    options = dict(locals())
+    from downstream.analysis.token_quality import token_quality
+
+    return token_quality(_request(**options))
 
 
 @analyze.command(name="pseudo-labels")
@@ -187,19 +216,15 @@ def pseudo_labels(
     return _study(PSEUDO_LABELS, **options)
 
 
-def _study(
-    analysis: Any,
-    *,
-    set_: list[str] | None,
-    count: int | None,
-    bank: int | None = None,
-    between: str | None = None,
-    images: int | None = None,
-    **options: Any,
-) -> Any:
+def _study(analysis: Any, *, images: int | None = None, **options: Any) -> Any:
     from downstream.analysis.study import study
+
+    return study(analysis, _request(**options), images)
+
+
+def _request(*, set_: list[str] | None, others: list[str] | None = None, **options: Any) -> Any:
     from downstream.evaluate import Request
 
-    given = {"count": count, "bank": bank, "between": between}
+    given = {key: options.pop(key, None) for key in ("count", "bank", "between")}
     assignments = [*(set_ or ()), *(f"{key}={value}" for key, value in given.items() if value is not None)]
-    return study(analysis, Request(set=tuple(assignments), **options), images)
+    return Request(set=tuple(assignments), others=tuple(others or ()), **options)

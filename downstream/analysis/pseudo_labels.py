@@ -101,7 +101,7 @@ def measure_pseudo_labels(protocol: AnalysisProtocol, prepared: Prepared, seen: 
         },
         draw=lambda path, subject: draw_pairs(
             path,
-            nmi,
+            {"": nmi},
             names,
             f"NMI of pseudo-labels with classes: tokens (diagonal) and pairs\n{subject}",
             "normalised mutual information",

@@ -32,7 +32,7 @@ from downstream.evaluate import (
 from downstream.features import Pass, decoded_batches
 from downstream.job import Job, Opened
 from downstream.plan import seconds_of
-from downstream.task import ImageProtocol
+from downstream.task import ImageProtocol, WithProtocol
 from mte_bench import records
 from mte_bench.console import ProgressLine, show_json, show_table
 from mte_bench.data.sources import ImageSet, take
@@ -156,64 +156,120 @@ def study(analysis: Analysis[A], request: Request, shown: int | None = None) -> 
     return carry_out(analysis.job(request, Opened(), shown), request, _show)
 
 
+class Resolved(NamedTuple, Generic[A]):
+    """What a request asks for, but for the checkpoint."""
+
+    protocol: A
+    stated: records.Protocol
+    """The protocol as the record states it."""
+    how: Pass
+    splits: dict[str, ImageSet]
+    """``val``, and before it ``train`` for a protocol that looks up in it."""
+    fingerprint: str
+
+    @property
+    def images(self) -> ImageSet:
+        """Those that are measured on."""
+        return self.splits["val"]
+
+
+class Looked(NamedTuple):
+    """What was computed of all images, and of how many."""
+
+    seen: Seen
+    images: dict[str, int]
+    corrupt: list[str]
+    seconds: float
+
+    @property
+    def images_per_second(self) -> float:
+        """Of the pass over the images."""
+        return round((sum(self.images.values()) + len(self.corrupt)) / self.seconds, 1)
+
+    def data(self, resolved: "Resolved[Any]") -> Data:
+        """The images as a record states them."""
+        images = resolved.images
+        return Data(
+            source=images.source,
+            split="val",
+            images=self.images,
+            classes=len(images.classes) or None,
+            fingerprint=resolved.fingerprint,
+            subset=images.subset,
+            corrupt=self.corrupt,
+        )
+
+
+def resolve(task: WithProtocol[A], request: Request, opened: Opened, labelled: bool) -> Resolved[A]:
+    """The settings and images of ``request``; with ``labelled``, every image must have a label.
+
+    Raises ``UserError`` for everything that the user can mend.
+    """
+    name, protocol = load_protocol(task, request.protocol, request.set)
+    splits = {}
+    if isinstance(protocol, LookupProtocol):
+        splits["train"] = _some(open_split(request, "train", opened), protocol.bank)
+    splits["val"] = _some(open_split(request, "val", opened), protocol.count)
+    if labelled:
+        require_labels(*splits.values())
+    fingerprints = [images.fingerprint for images in splits.values()]
+    fingerprint = fingerprints[0] if len(splits) == 1 else hash_of(fingerprints)
+    stated = records.Protocol(name=name, version=protocol.version, settings=settings_of(protocol))
+    return Resolved(protocol, stated, pass_of(request), splits, fingerprint)
+
+
+def look(resolved: Resolved[A], prepared: Prepared, transform: EvaluationTransform, shown: int) -> Looked:
+    """Compute what ``prepared`` says of all images; ``shown`` of them go into the gallery."""
+    began = time.monotonic()
+    prepared.model.eval().to(resolved.how.device)
+    passes = {split: _collect(prepared, images, transform, resolved.how) for split, images in resolved.splits.items()}
+    seconds = time.monotonic() - began
+    arrays, kept, _ = passes["val"]
+    images, train = resolved.images, resolved.splits.get("train")
+    bank = None if train is None else Bank(passes["train"][0], train.labels[passes["train"][1]])
+    seen = Seen(arrays, images.labels[kept], images.classes, _gallery(images, kept, transform, shown), bank)
+    counts = {split: len(found) for split, (_, found, _) in passes.items()}
+    return Looked(seen, counts, [name for _, _, lost in passes.values() for name in lost], seconds)
+
+
 def _job(analysis: Analysis[A], request: Request, opened: Opened, shown: int) -> Job:
     if request.others:
         raise UserError(f"{analysis.verb}: looks into one encoder, not into the {1 + len(request.others)} of an ensemble")
-    name, protocol = load_protocol(analysis, request.protocol, request.set)
-    how = pass_of(request)
-    images = _some(open_split(request, "val", opened), protocol.count)
-    bank = _some(open_split(request, "train", opened), protocol.bank) if isinstance(protocol, LookupProtocol) else None
-    if analysis.labelled:
-        require_labels(*([images] if bank is None else [bank, images]))
-    fingerprint = images.fingerprint if bank is None else hash_of([bank.fingerprint, images.fingerprint])
+    resolved = resolve(analysis, request, opened, analysis.labelled)
+    protocol, stated, how = resolved.protocol, resolved.stated, resolved.how
     checkpoint = opened.checkpoint(request.checkpoint, allow_partial=request.allow_partial, image_size=protocol.image_size)
     transform = evaluation_transform(checkpoint, protocol)
-    folder = output_folder(request, analysis.name, name, protocol, checkpoint)
-    stated = records.Protocol(name=name, version=protocol.version, settings=settings_of(protocol))
+    folder = output_folder(request, analysis.name, stated.name, protocol, checkpoint)
     prepared = analysis.prepare(protocol, checkpoint)
 
     def planned() -> dict[str, Any]:
-        prepared.model.eval().to(how.device)
-        resolved = {"task": analysis.name, "protocol": name, "settings": stated.settings, "out": str(folder)}
-        return resolved | _plan(prepared, images, bank, transform, how, checkpoint)
+        resolved_to = {"task": analysis.name, "protocol": stated.name, "settings": stated.settings, "out": str(folder)}
+        return resolved_to | plan_of(resolved, prepared, transform, checkpoint)
 
     def run() -> Record:
         began = time.monotonic()
-        refuse_clash(folder, checkpoint.subject, images.source, fingerprint)
-        prepared.model.eval().to(how.device)
-        counted = {"val": images} if bank is None else {"train": bank, "val": images}
-        passes = {split: _collect(prepared, each, transform, how) for split, each in counted.items()}
-        seconds = time.monotonic() - began
-        arrays, kept, _ = passes["val"]
-        gallery = _gallery(images, kept, transform, shown)
-        looked_up = None if bank is None else Bank(passes["train"][0], bank.labels[passes["train"][1]])
-        outcome = analysis.measure(protocol, prepared, Seen(arrays, images.labels[kept], images.classes, gallery, looked_up))
+        refuse_clash(folder, checkpoint.subject, resolved.images.source, resolved.fingerprint)
+        looked = look(resolved, prepared, transform, shown)
+        outcome = analysis.measure(protocol, prepared, looked.seen)
         files = {"picture": f"{analysis.name}.png", "values": f"{analysis.name}.json"}
-        outcome.draw(folder / files["picture"], subject_title(checkpoint.subject, images.source, len(kept)))
+        title = subject_title(checkpoint.subject, resolved.images.source, len(looked.seen.labels))
+        outcome.draw(folder / files["picture"], title)
         write_json(folder / files["values"], outcome.values)
         record = make_record(
             task=analysis.name,
             protocol=stated,
             subject=checkpoint.subject,
-            data=Data(
-                source=images.source,
-                split="val",
-                images={split: len(found) for split, (_, found, _) in passes.items()},
-                classes=len(images.classes) or None,
-                fingerprint=fingerprint,
-                subset=images.subset,
-                corrupt=[name for _, _, lost in passes.values() for name in lost],
-            ),
+            data=looked.data(resolved),
             metrics=outcome.metrics,
             cost=Cost(
                 seconds=round(time.monotonic() - began, 3),
-                images_per_second=round(sum(map(len, counted.values())) / seconds, 1),
+                images_per_second=looked.images_per_second,
                 peak_memory_bytes=peak_memory(how.device),
             ),
             files=files,
             details={
                 **outcome.details,
-                **({"shown": gallery.captions} if shown else {}),
+                **({"shown": looked.seen.gallery.captions} if shown else {}),
                 "transform": transform.model_dump(mode="json"),
                 "precision": precision_name(how),
             },
@@ -221,7 +277,7 @@ def _job(analysis: Analysis[A], request: Request, opened: Opened, shown: int) ->
         records.write_record(folder, record)
         return record
 
-    return Job(analysis.name, stated, checkpoint.subject, fingerprint, precision_name(how), folder, (), planned, run)
+    return Job(analysis.name, stated, checkpoint.subject, resolved.fingerprint, precision_name(how), folder, (), planned, run)
 
 
 def mean_over_images(values: Floats) -> Metric:
@@ -294,15 +350,11 @@ def _show(record: Record, as_json: bool) -> None:
     show_table(title, ["metric", "value", "95 % interval", "images"], rows)
 
 
-def _plan(
-    prepared: Prepared,
-    images: ImageSet,
-    bank: ImageSet | None,
-    transform: EvaluationTransform,
-    how: Pass,
-    checkpoint: Checkpoint,
-) -> dict[str, Any]:
-    counts = ({} if bank is None else {"train": len(bank)}) | {"val": len(images)}
+def plan_of(resolved: Resolved[A], prepared: Prepared, transform: EvaluationTransform, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What ``look`` would do and, measured on a few images of this machine, what it would take."""
+    images, how = resolved.images, resolved.how
+    prepared.model.eval().to(how.device)
+    counts = {split: len(own) for split, own in resolved.splits.items()}
     total = sum(counts.values())
     batch = torch.stack([transform(images.image(0))] * min(how.batch_size, len(images), 16))
     decode = seconds_of(lambda: transform(images.image(0)))

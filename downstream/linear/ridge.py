@@ -6,7 +6,7 @@ the features, which may be larger than memory. What it predicts is what scikit-l
 
 import time
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -43,6 +43,12 @@ class Moments:
         both.gram, both.sums, both.counts = self.gram + other.gram, self.sums + other.sums, self.counts + other.counts
         return both
 
+    def of(self, columns: Tensor) -> "Moments":
+        """Those of some features alone, at ``columns``: a block of these."""
+        block = Moments(0, len(self.counts), self.gram.device)
+        block.gram, block.sums, block.counts = self.gram[columns][:, columns], self.sums[:, columns], self.counts
+        return block
+
     def solve(self, penalties: Sequence[float]) -> tuple[Heads, list[float]]:
         """The classifier of every penalty (float64), and the penalties as scikit-learn's ``alpha``.
 
@@ -58,6 +64,21 @@ class Moments:
         products = 2 * (self.sums - torch.outer(self.counts, mean)) @ vectors
         weight = torch.stack([(products / (values + alpha)) @ vectors.T for alpha in alphas])
         return Heads(weight, (2 * share - 1 - weight @ mean).masked_fill(self.counts == 0, NEVER)), alphas
+
+
+class Halves(NamedTuple):
+    """What a ridge probe needs to know of train images: of those it is solved for, and of those that choose the penalty."""
+
+    kept: Moments
+    held: Moments
+    asked: Tensor
+    """The held-out features ``h c``."""
+    truth: Tensor
+    """Their labels ``h``."""
+
+    def of(self, columns: Tensor) -> "Halves":
+        """The same of some features alone, without going through the images again."""
+        return Halves(self.kept.of(columns), self.held.of(columns), self.asked[:, columns], self.truth)
 
 
 class RidgeProbe:
@@ -90,6 +111,10 @@ class RidgeProbe:
 
         Raises ``UserError`` where there are fewer than two classes, or no class has an image to hold out.
         """
+        return self.solve(self.halves(features, labels))
+
+    def halves(self, features: NDArray[np.floating], labels: NDArray[np.int64]) -> Halves:
+        """What ``solve`` takes, of ``features`` (``n c``, read in parts) and ``labels`` (``n``). Raises as ``fit`` does."""
         if len(np.unique(labels)) < 2:
             raise UserError("linear: the train images are of one class only; at least two are needed")
         out = hold_out(labels, self.held_out, self.seed)
@@ -102,10 +127,14 @@ class RidgeProbe:
             chosen = torch.from_numpy(out[rows]).to(device)
             kept.add(x[~chosen], y[~chosen])
             held.add(x[chosen], y[chosen])
-        asked = torch.from_numpy(np.array(features[out])), torch.from_numpy(np.array(labels[out], dtype=np.int64))
-        self.held_out_top1_, losses = accuracy(kept.solve(self.penalties)[0], *asked)
+        asked, truth = (np.array(values[out]) for values in (features, labels))
+        return Halves(kept, held, torch.from_numpy(asked), torch.from_numpy(truth.astype(np.int64)))
+
+    def solve(self, halves: Halves) -> Self:
+        """Choose the penalty and solve for all images of ``halves``."""
+        self.held_out_top1_, losses = accuracy(halves.kept.solve(self.penalties)[0], halves.asked, halves.truth)
         self.best_ = best_of(self.held_out_top1_, losses)
-        self.heads_, alphas = (kept + held).solve(self.penalties)
+        self.heads_, alphas = (halves.kept + halves.held).solve(self.penalties)
         self.penalty_, self.alpha_ = self.penalties[self.best_], alphas[self.best_]
         return self
 

@@ -2,7 +2,7 @@
 
 ``open_checkpoint`` takes whatever a command's CKPT may be:
 
-- ``RUN``: a run folder of ``pretrain``; or its ``encoder.safetensors``
+- ``RUN``: a run folder of ``pretrain``; or its ``encoder.safetensors``; ``RUN/snapshots/epoch-0004`` is the run at that epoch
 - ``FILE``, ``FILE#PART``: another project's file (``families.py``); PART is e.g. ``student`` or ``momentum_encoder``
 - ``timm:NAME``: pre-trained weights through timm
 - ``random:NAME``, ``random:RUN``: untrained, drawn as pre-training draws its start; ``?seed=N`` chooses the draw

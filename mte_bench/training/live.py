@@ -38,10 +38,11 @@ class Curves:
         for key, value in values.items():
             self.sums[key] += value
 
-    def write(self, step: int, epoch: float) -> None:
-        """Write the means since the last line, if there were any steps."""
+    def write(self, step: int, epoch: float, seconds: float) -> None:
+        """Write the means since the last line, if there were any steps; ``seconds`` is what training took so far."""
         if self.count:
-            self.line({"step": step, "epoch": epoch, **{key: value / self.count for key, value in self.sums.items()}})
+            means = {key: value / self.count for key, value in self.sums.items()}
+            self.line({"step": step, "epoch": epoch, "seconds": seconds, **means})
             self.sums.clear()
             self.count = 0
 
@@ -50,7 +51,7 @@ class Curves:
         self.file.write(json.dumps({key: _short(value) for key, value in values.items()}) + "\n")
         self.file.flush()
         for key, value in values.items():
-            if key not in ("step", "epoch"):
+            if key not in ("step", "epoch", "seconds"):
                 self.writer.add_scalar(key, value, values["step"])
 
     def close(self) -> None:

@@ -53,7 +53,7 @@ class Loop(ABC, Generic[B]):
         self.out, self.device, self.precision, self.save_minutes = out, device, precision, save_minutes
         self.rank, self.processes = process
         self.step = self.measured = self.resumed = 0
-        self.seconds = 0.0
+        self.seconds = self.paused = 0.0
         self.corrupt: set[str] = set()
         self.curves: Curves | None = None
         sampler = self.sampler()  # refuses a batch that does not fit
@@ -109,6 +109,11 @@ class Loop(ABC, Generic[B]):
         return self.step / self.steps_per_epoch
 
     @property
+    def trained_seconds(self) -> float:
+        """Wall-clock seconds so far, over all restarts, without the pauses in which it measures and saves."""
+        return self.seconds - self.paused
+
+    @property
     def started(self) -> bool:
         """Whether an earlier run left its state in the folder."""
         return (self.out / state.NAME).exists()
@@ -139,20 +144,23 @@ class Loop(ABC, Generic[B]):
                 while not self.finished():
                     if self._unmeasured:
                         self._measure()
+                        self.paused += time.monotonic() - began - self.seconds
                     else:
                         values = self.take_step(model, batches)
                         self.step += 1
+                        self.seconds = time.monotonic() - began
                         live.step(self.step, self.epoch, self.batch_size, values["loss"], peak_memory(self.device))
                         if self.curves:
                             self.curves.add(values)
                             if self._at_milestone or self.step % self.line_every == 0:
-                                self.curves.write(self.step, self.epoch)
+                                self.curves.write(self.step, self.epoch, self.trained_seconds)
                     now = time.monotonic()
                     self.seconds = now - began
                     late = now - saved > 60 * self.save_minutes
                     if (late or self._at_milestone) and not self._unmeasured:
                         self.save()
                         saved = time.monotonic()
+                        self.paused += saved - now
         finally:
             if self.curves:
                 self.curves.close()
@@ -163,7 +171,7 @@ class Loop(ABC, Generic[B]):
         """Write the state, which only the first process does: the others need not come here at the same step."""
         if self.rank == 0:
             if self.curves:
-                self.curves.write(self.step, self.epoch)  # what is not written would be lost
+                self.curves.write(self.step, self.epoch, self.trained_seconds)  # what is not written would be lost
             self.export()
             state.write(self.out, self.state())
 
@@ -177,6 +185,7 @@ class Loop(ABC, Generic[B]):
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
             "seconds": self.seconds,
+            "paused": self.paused,
             "corrupt": sorted(self.corrupt),
             "resumed": self.resumed,
         }
@@ -188,6 +197,7 @@ class Loop(ABC, Generic[B]):
         self.optimiser.load_state_dict(values["optimiser"])
         self.scaler.load_state_dict(values["scaler"])
         self.step, self.measured, self.seconds = values["step"], values["measured"], values["seconds"]
+        self.paused = values.get("paused", 0.0)  # which states of earlier versions do not tell
         self.corrupt.update(values["corrupt"])
         self.resumed = values["resumed"] + (not self.finished())
 
