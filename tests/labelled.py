@@ -58,6 +58,9 @@ class OnCUDA(torch.Tensor):
     def __setitem__(self, index: Any, value: Any) -> None:
         super().__setitem__(_without_lists(index), value)
 
+    def numpy(self, *, force: bool = False) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
     def tolist(self) -> Any:
         return self.inner.tolist()
 
