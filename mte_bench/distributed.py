@@ -1,5 +1,6 @@
 """One process, or several under ``torchrun``: the same command and the same numbers up to reduction order."""
 
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -7,6 +8,9 @@ import torch.distributed as dist
 from torch import nn
 
 from mte_bench.device import Place
+
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for one that works alone, such as the first at k-NN: NCCL's ten minutes end before ImageNet's."""
 
 V = TypeVar("V")
 
@@ -18,7 +22,7 @@ def start(device: str) -> tuple[int, int]:
         cuda = torch.cuda.is_available() and device != "cpu"
         if cuda:
             torch.cuda.set_device(here.local_rank)
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     return place()
 
 

@@ -182,14 +182,17 @@ class Trainer(Loop[Batch]):
         labels: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], mte.Vectors]:
         """The loss and its parts for one micro-batch, and the teacher's vectors (none where ``labels`` are the target)."""
+        vectors = mte.Vectors(None, None)
         with autocast(self.device, self.precision):
             if labels is None:
                 vectors = mte.teacher_vectors(self.teacher, groups, self.recipe, patches=masks is not None)
-                targets = mte.targets(self.method, vectors, epoch, self.recipe)
-            else:
-                vectors, targets = mte.Vectors(None, None), mte.Targets([labels], [labels], [])
             own = student(groups, drop_path, masks, of_fused=mte.student_wants(self.recipe))
-            return mte.loss(self.method, own, targets, self.recipe, masks, epoch), vectors
+        # outside: similarities of 8 bits would be too coarse for the exponentials of a contrastive loss
+        if labels is None:
+            targets = mte.targets(self.method, vectors, epoch, self.recipe)
+        else:
+            targets = mte.Targets([labels], [labels], [])
+        return mte.loss(self.method, own, targets, self.recipe, masks, epoch), vectors
 
     def update(self, momentum: float) -> dict[str, float]:
         """Clip, step the student and move the teacher; returns the largest gradient norm where gradients are clipped."""

@@ -15,7 +15,7 @@ from mte_bench.encoders.heads import StackedBatchNorm, StackedMLP
 from mte_bench.training import state
 from mte_bench.training.schedules import cosine
 from pretrain.methods import METHODS, Method
-from tiny import TINY, assert_same_end, first_steps, first_steps_in_two_processes, make, run_until
+from tiny import TINY, assert_same_end, first_steps, first_steps_in_two_processes, make, random, run_until
 
 SMALL = {"prototypes": 64, "hidden": 32, "bottleneck": 16, "output": 16, "queue": 16}
 """Of these, a method takes the settings that it has."""
@@ -85,6 +85,44 @@ def test_two_processes_give_the_losses_and_gradients_of_one(
         for key in a:
             torch.testing.assert_close(b[key], a[key], rtol=1e-5, atol=1e-6 * largest, msg=lambda text, key=key: f"{key}: {text}")
     assert (one[0]["loss"] - one[1]["loss"]).abs() > 1e-6
+
+
+@pytest.mark.parametrize("share", [5, 1, 0])
+def test_batch_statistics_of_processes_are_those_of_all_rows_however_many_each_has(tmp_path: Path, share: int) -> None:
+    """Two processes have ``share`` and the rest of eight rows: values, gradients and running statistics."""
+    torch.multiprocessing.spawn(_normalise_share, (tmp_path, share), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    rows = random(8, 6, dtype=torch.float64).requires_grad_()
+    norm = nn.BatchNorm1d(6).double()
+    normed = norm(rows)
+    (normed * random(8, 6, seed=1, dtype=torch.float64)).sum().backward()
+    torch.testing.assert_close(torch.cat([part["normed"] for part in found]), normed.detach())
+    torch.testing.assert_close(torch.cat([part["gradient"] for part in found]), rows.grad)
+    for part in found:
+        torch.testing.assert_close(part["mean"], norm.running_mean)
+        torch.testing.assert_close(part["variance"], norm.running_var)
+
+
+def _normalise_share(rank: int, out: Path, share: int) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=2)
+    own = slice(0, share) if rank == 0 else slice(share, 8)
+    rows = random(8, 6, dtype=torch.float64)[own].requires_grad_()
+    norm = StackedBatchNorm(1, 6).double()
+    normed = norm(rows.unsqueeze(0)).squeeze(0)
+    (normed * random(8, 6, seed=1, dtype=torch.float64)[own]).sum().backward()
+    found = {"normed": normed.detach(), "gradient": rows.grad, "mean": norm.running_mean, "variance": norm.running_var}
+    torch.save(found, out / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_too_few_rows_for_statistics_pass_by_the_running_ones(rows: int) -> None:
+    """As the masked patches of a small batch, of which by chance there are none."""
+    norm = StackedBatchNorm(2, 3)
+    norm.running_mean.fill_(2.0)  # type: ignore[union-attr]
+    x = random(2, rows, 3)
+    torch.testing.assert_close(norm(x), (x - 2) / (1 + norm.eps) ** 0.5)
+    assert torch.equal(norm.running_mean, torch.full((6,), 2.0)) and norm.training
 
 
 def test_batch_statistics_of_processes_hold_where_rows_differ_little(tmp_path: Path) -> None:

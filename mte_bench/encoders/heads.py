@@ -33,7 +33,8 @@ class StackedLinear(nn.Module):
 class StackedBatchNorm(nn.BatchNorm1d):
     """Batch normalisation of ``copies`` independent heads in one pass: each copy has statistics of its own.
 
-    Under several processes the statistics are those of all their rows, on any device.
+    Under several processes the statistics are those of all their rows, on any device; they need not have equally many
+    (iBOT's masked patches). A single row or none changes no running statistics; alone, it passes by them.
     """
 
     def __init__(self, copies: int, channels: int, affine: bool = True):
@@ -44,20 +45,27 @@ class StackedBatchNorm(nn.BatchNorm1d):
         copies, b, c = x.shape
         rows = x.transpose(0, 1).reshape(b, copies * c)
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        rows = self._over_processes(rows) if self.training and several else super().forward(rows)
+        if self.training and several:
+            rows = self._over_processes(rows)
+        elif self.training and b < 2:
+            rows = F.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        else:
+            rows = super().forward(rows)
         return rows.view(b, copies, c).transpose(0, 1)
 
     def _over_processes(self, rows: Tensor) -> Tensor:
         full = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-        count = len(rows) * dist.get_world_size()
-        mean = all_reduce(full.sum(0)) / count
+        sums = all_reduce(torch.cat([full.sum(0), full.new_full((1,), len(rows))]))
+        count = sums[-1].detach().clamp(min=1)
+        mean = sums[:-1] / count
         centred = full - mean  # before squaring: where rows differ little, a difference of squares would be noise
         variance = all_reduce(centred.square().sum(0)) / count
         with torch.no_grad():
             assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum or 0.1)
-            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.momentum or 0.1)
+            momentum = (self.momentum or 0.1) * (count > 1)
+            for running, found in ((self.running_mean, mean), (self.running_var, variance * count / (count - 1).clamp(min=1))):
+                running.add_(momentum * (found - running))
         normed = centred * torch.rsqrt(variance + self.eps)
         return (normed * self.weight + self.bias if self.affine else normed).to(rows.dtype)
 
