@@ -3,19 +3,18 @@
 ``–`` is a value that is missing, an empty cell one that cannot be: a plain encoder has no difference to a plain one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mte_bench.naming import data_title
 from reports.collect import Collection, DataTable, Entry, Measure, Row
 from reports.compare import Comparison, Value, compare, summarise
 from reports.markdown import MISSING, Table, code, interval, number, plain_text, plus_minus, probability
-from reports.naming import data_title
 from reports.paper import printed
 from reports.predictions import Predictions
+from reports.settings import differing_settings
 from reports.topics import FURTHER
-
-MOST_DIFFERING = 4  # settings that tell rows apart by name; more are a recipe of their own
 
 
 @dataclass(frozen=True)
@@ -156,26 +155,11 @@ def _method(row: Row, alike: list[Row], several_sources: bool) -> str:
 
 def _peculiarity(row: Row, alike: list[Row]) -> str:
     """The settings in which the recipes of ``alike`` differ; if they are not known or many, the recipe's name and hash."""
-    recipes = [_flat(other.recipe) for other in alike]
-    keys = list(dict.fromkeys(key for recipe in recipes for key in recipe if key != "description"))
-    differing = [key for key in keys if any(other.get(key, "–") != recipes[0].get(key, "–") for other in recipes)]
-    if not all(recipes) or not 0 < len(differing) <= MOST_DIFFERING:
+    differing = differing_settings(row.recipe, [other.recipe for other in alike])
+    if differing is None:
         subject = row.subject
         return f"{plain_text(subject.recipe or subject.family)} {code((subject.recipe_hash or subject.sha256)[:6])}"
-    own = _flat(row.recipe)
-    return plain_text(", ".join(f"{key.rpartition('.')[2]} {_setting(own.get(key, '–'))}" for key in differing))
-
-
-def _setting(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _flat(settings: Mapping[str, Any], start: str = "") -> dict[str, Any]:
-    """``{"mte": {"pooled": 6}}`` as ``{"mte.pooled": 6}``."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{start}{key}.") if isinstance(value, Mapping) else {f"{start}{key}": value}
-    return flat
+    return plain_text(differing)
 
 
 def _label(row: Row) -> tuple[object, ...]:

@@ -85,7 +85,11 @@ def pretraining(folder, who, settings, seconds=600.0, data=SCENES, **changes):
         "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda line: line["step"]))
     )
     Image.effect_noise((90, 30), 80).save(folder / "views.png")
-    record = make_record(
+    write_record(folder, pretraining_record(who, settings, seconds, data, **changes))
+
+
+def pretraining_record(who, settings, seconds=600.0, data=SCENES, **changes):
+    return make_record(
         **{
             "task": "pretrain",
             "protocol": Protocol(name=who.recipe, settings=settings),
@@ -100,10 +104,9 @@ def pretraining(folder, who, settings, seconds=600.0, data=SCENES, **changes):
             **changes,
         }
     )
-    write_record(folder, record)
 
 
-def analysis(folder, task, who, data=SCENES):
+def analysis(folder, task, who, data=SCENES, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     Image.effect_noise((60, 60), 80).save(folder / f"{task}.png")
     record = make_record(
@@ -117,6 +120,7 @@ def analysis(folder, task, who, data=SCENES):
         command=f"mte-bench analyze {task}",
         created="2026-11-20T11:00:00+00:00",
         files={"picture": f"{task}.png"},
+        **changes,
     )
     write_record(folder, record)
 

@@ -1,4 +1,4 @@
-"""How subjects, architectures and sources are called in tables: the paper's words where it has one."""
+"""How subjects, architectures and sources are called in tables and pictures: the paper's words where it has one."""
 
 import re
 from collections import Counter
@@ -68,6 +68,11 @@ def data_title(source: str) -> str:
     kind, colon, rest = source.partition(":")
     place = (rest if colon else kind).partition("?")[0]
     return re.sub(r"[{*\[].*", "", PurePath(place).name).rstrip("-_.") or kind
+
+
+def is_embedded(source: str) -> bool:
+    """Whether the images are the embedded data, which code draws: they may be shown to anyone."""
+    return source.partition("?")[0] == "scenes"
 
 
 def data_key(source: str) -> str:
