@@ -197,8 +197,9 @@ def test_of_several_kinds_of_feature_another_than_the_global_token_is_shown(tmp_
     evaluation(tmp_path / "b", "knn", subject(), 0.5, predictions=False, metrics=kinds, protocol=patches)
     written = write_report([tmp_path], tmp_path / "report")
     assert [cell["metric"] for cell in cells(written.summary)] == ["top1_k10", "top1_k10_patch-mean"]
-    columns = table_rows(written.page.read_text(), "## Accuracy")[0]
-    assert "(knn)" in columns[3] and any("(knn-patches, top1" in column for column in columns)
+    columns = table_rows(written.page.read_text(), "## k-NN, linear")[0]
+    titles = [column.replace("\\", "") for column in columns]
+    assert "(knn)" in titles[3] and "(knn-patches, top1_k10_patch-mean)" in titles[-1]
 
 
 def test_broken_records_are_named_and_counted_and_do_no_harm(tmp_path, capsys):
