@@ -32,6 +32,7 @@ from mte_bench.encoders.checkpoint import Checkpoint
 from mte_bench.errors import UserError, did_you_mean
 from mte_bench.files import atomic, hash_of
 from mte_bench.knn_bank import normalise
+from mte_bench.naming import architecture_title, data_title, method_title
 from mte_bench.records import Cost, Data, Metric, Record, Subject, make_record
 from mte_bench.settings import load_yaml, names_in, override
 from mte_bench.statistics import bootstrap_ci
@@ -374,10 +375,11 @@ def precision_name(how: Pass) -> str:
 
 
 def subject_title(subject: Subject, source: str, count: int) -> str:
-    """Encoder, number of images and data in one line, for a picture."""
-    parsed = parse_source(source)
-    data, name = Path(parsed.path).name or parsed.kind, slug(subject.checkpoint)
-    return f"{name}{'' if subject.arch in name else f' ({subject.arch})'}, {count:,} images of {data}"
+    """Two lines for a picture: the encoder as tables call it, with the length and seed of its pre-training; the images."""
+    epochs = "" if subject.epochs is None else f", {subject.epochs:g} epochs"
+    seed = "" if subject.seed is None else f", seed {subject.seed}"
+    encoder = f"{method_title(subject)}, {architecture_title(subject)}{epochs}{seed}"
+    return f"{encoder}\n{count:,} images of the val split of {data_title(source)}"
 
 
 def settings_of(protocol: TaskProtocol) -> dict[str, Any]:

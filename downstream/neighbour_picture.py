@@ -13,7 +13,7 @@ from mte_bench.plotting import BLUE, ORANGE, picture, shortened, title_width
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-CELL, GAP, MARGIN, HEAD, CAPTION = 1.0, 0.12, 0.12, 0.72, 0.34  # inches: an image, between them, the border, title, text
+CELL, GAP, MARGIN, HEAD, CAPTION = 1.0, 0.12, 0.12, 0.89, 0.34  # inches: an image, between them, the border, title, text
 
 
 class Answers(NamedTuple):
@@ -40,7 +40,7 @@ def draw_neighbours(
     """Write the picture of so many ``rows`` of ``queries``, spread evenly over the classes, and the first ``neighbours`` of each.
 
     A neighbour of the query's class has a solid blue frame and a check mark, another a dashed orange one and a cross, so
-    that colour is not needed to tell them apart. The images are what the encoder saw. ``title`` has two lines.
+    that colour is not needed to tell them apart. The images are what the encoder saw. ``title`` has three lines.
     """
     by_class = np.argsort(queries.labels, kind="stable")
     shown = by_class[np.linspace(0, len(by_class) - 1, min(rows, len(by_class))).round().astype(np.int64)]

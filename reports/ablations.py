@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mte_bench.files import hash_of
+from mte_bench.naming import method_key
 from reports.collect import Collection, Row, partner
 from reports.markdown import Table, plain_text
-from reports.naming import method_key
 from reports.paper import paper, printed_in
 from reports.tables import Cell, Section, value_table
 

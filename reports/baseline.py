@@ -20,9 +20,9 @@ from pydantic import Field, NonNegativeFloat
 from mte_bench.dense.resampling import DRAWS, Floats
 from mte_bench.errors import UserError, did_you_mean
 from mte_bench.files import write_json
+from mte_bench.naming import architecture_title, data_key, data_title, method_title
 from mte_bench.settings import Settings
 from reports.collect import Collection, Entry, is_random, protocol_text
-from reports.naming import architecture_title, data_key, data_title, method_title
 from reports.predictions import Predictions
 from reports.topics import HEADLINES, headline
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from mte_bench.errors import UserError
 from mte_bench.files import hash_of
+from mte_bench.naming import architecture_title, data_key, method_title
 from mte_bench.records import Data, Record, Subject, find_records, read_record
-from reports.naming import architecture_title, data_key, method_title
 from reports.topics import HEADLINES, TOPICS, Topic, headline, is_evaluation, topic_of
 
 
@@ -290,11 +290,12 @@ def _measures(entries: list[Entry]) -> tuple[Measure, ...]:
     known = list(HEADLINES)
     result: list[Measure] = []
     for task in sorted(protocols, key=lambda task: (known.index(task) if task in known else len(known), task)):
-        name = HEADLINES.get(task, ("", task))[1]
+        usual, name = HEADLINES.get(task, ("", task))
         short = [text.partition("@")[0] for text in protocols[task]]
-        for text, metric in sorted(protocols[task].items()):
+        for text, metric in sorted(protocols[task].items(), key=lambda item: (item[1] != usual, item)):
             alone = text.partition("@")[0]
-            told_apart = f" ({alone if short.count(alone) == 1 else text})" if len(short) > 1 else ""
+            which = alone if short.count(alone) == 1 else text
+            told_apart = f" ({which}{'' if metric == usual else f', {metric}'})" if len(short) > 1 else ""
             result.append(Measure(task, metric, text, name, name + told_apart))
     return tuple(result)
 

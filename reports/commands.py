@@ -9,13 +9,26 @@ PretrainingRuns = Annotated[
     list[str], typer.Argument(metavar="RUN", help="Run folders of pretrain, or folders of such; every record below is read.")
 ]
 JointOut = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the record (default: under runs/).")]
-NoPictures = Annotated[bool, typer.Option("--no-pictures-of-images", help="Leave out pictures that show the data's images.")]
+NoPictures = Annotated[
+    bool,
+    typer.Option(
+        "--no-pictures-of-images", help="Leave out pictures that show images of the data, except of scenes, which code draws."
+    ),
+]
 
 
 def report(
     runs: Runs,
     out: Annotated[str, typer.Option(help="Folder for report.md, .html and .json and for figures/; may be one of RUNS.")],
     no_pictures_of_images: NoPictures = False,
+    publish: Annotated[
+        bool,
+        typer.Option(
+            "--publish",
+            help="Copy the records with curves, predictions and plots into DIR first, without weights, pictures of images and "
+            "paths of this machine, and report on everything in DIR.",
+        ),
+    ] = False,
     refresh: Annotated[
         int | None,
         typer.Option(min=1, metavar="SECONDS", help="Write it again when records change, until Ctrl-C; the HTML reloads itself."),
@@ -24,13 +37,20 @@ def report(
 ) -> Any:
     """Write a report (markdown, HTML and pictures) from the records of runs."""
     from mte_bench.console import log, show_json, show_table
+    from mte_bench.errors import UserError
+    from mte_bench.naming import data_title
     from reports.live import keep_writing
-    from reports.naming import data_title
+    from reports.publish import publish_runs
     from reports.report import write_report
 
-    pictures = not no_pictures_of_images
+    pictures = not (no_pictures_of_images or publish)
+    if refresh is not None and publish:
+        raise UserError("--publish: a published report is written once; leave out --refresh")
     if refresh is not None:
         keep_writing(runs, out, pictures, refresh)
+    if publish:
+        log(f"{len(publish_runs(runs, out))} records copied into {out}")
+        runs = [out]
     written = write_report(runs, out, pictures)
     for line in written.unusable:
         log(f"left out: {line}")

@@ -6,13 +6,13 @@ from typing import Any
 
 from mte_bench.console import log, show_table
 from mte_bench.files import write_json
+from mte_bench.naming import data_title, is_embedded, slug
 from mte_bench.records import Data
 from reports.classes import AnyClasses, ClassChange, DenseChange
 from reports.compare import Value
 from reports.examples import draw_examples
 from reports.figures import FOLDER
 from reports.markdown import Table, code, interval, number, plain_text, plus_minus, probability
-from reports.naming import data_title, slug
 from reports.page import write_page
 from reports.pairs import Pair, Pairs, as_values
 
@@ -134,7 +134,8 @@ def seeds(pair: Pair) -> str:
 def write(pairs: Pairs, a: str, b: str, out: str | Path, pictures: bool = True) -> Path:
     """Write ``out/compare.md``, ``compare.html`` and ``compare.json``, with ``pictures`` also some images that changed.
 
-    Pictures need the source to be where the records say; where it is not, a remark says so. Returns the page's path.
+    Images of the embedded data are shown always. Pictures need the source to be where the records say; where it is not, a
+    remark says so. Returns the page's path.
     """
     out = Path(out)
     found: list[str] = []
@@ -143,7 +144,7 @@ def write(pairs: Pairs, a: str, b: str, out: str | Path, pictures: bool = True) 
         section: dict[str, Any] = {"title": plain_text(f"{pair.measure.name} on {data_text(pair)}: {encoders(pair)}")}
         section |= {"summary": _summary(pair), "metrics": _metric_table(pair), "classes": _class_table(pair), "pictures": []}
         section["why"] = plain_text(_why_no_classes(pair))
-        if pictures and pair.classes is not None:
+        if (pictures or is_embedded(pair.data.source)) and pair.classes is not None:
             stem = f"{FOLDER}/{PREFIX}{index + 1}-{slug(data_title(pair.data.source))}"
             section["pictures"] = _pictures(pair.classes, pair.data, out, stem)
             found += [file for file, _ in section["pictures"]]

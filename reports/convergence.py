@@ -15,12 +15,12 @@ import numpy as np
 
 from mte_bench.console import log
 from mte_bench.errors import UserError, did_you_mean
+from mte_bench.naming import architecture_title, data_title, slug
 from mte_bench.plotting import picture
 from mte_bench.records import Metric, Record
 from reports.collect import Collection, Entry, plain_hash
 from reports.curves import Line, Points, curve_lines, draw_line, label_ends, lines_of, mean_of
 from reports.joint import conclude, pretrained, show
-from reports.naming import architecture_title, data_title, slug
 from reports.runs import device, duration
 
 NAMES = {"knn_top1": "k-NN top-1 while training (%)", "classifier_top1": "top-1 of the classifier while training (%)"}

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mte_bench.naming import method_key, method_title, peculiarity
 from mte_bench.plotting import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
 from mte_bench.plotting import COLOURS as PALETTE
 from mte_bench.records import Record
 from reports.collect import Entry, Unusable
-from reports.naming import method_key, method_title, peculiarity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,4 +1,4 @@
-"""The pictures of a report: curves that are drawn here, and pictures of runs and analyses that are copied in."""
+"""The pictures of runs and analyses that are copied into a report, and which of them may be shown to anyone."""
 
 import json
 import shutil
@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from mte_bench.files import atomic
+from mte_bench.naming import architecture_title, data_title, is_embedded, method_title, peculiarity, slug
 from mte_bench.plotting import picture
+from mte_bench.records import Record
 from reports.collect import Collection, Entry, Unusable
 from reports.curves import Curves, Line, draw_line, label_ends, lines_of, mean_of, read_curves
-from reports.naming import architecture_title, data_title, method_title, slug
+from reports.markdown import plain_text
 
 FOLDER = "figures"
 SHORT = 16  # letters of a label that fit beside a panel of the usual width
@@ -42,6 +44,13 @@ class Kind:
     """The paper's figure that shows the same."""
     of_images: bool = True
     """Whether it shows the images of the data."""
+    variant: str = ""
+    """Which of several analyses under one task; see ``_variant``."""
+
+    @property
+    def stem(self) -> str:
+        """How the names of its files begin."""
+        return self.key if self.key == "views" else "-".join(filter(None, (self.task, self.variant)))
 
 
 KINDS = (
@@ -75,6 +84,15 @@ KINDS = (
         "low values off the diagonal. Tokens that are alike have nothing to add to each other when they are fused.",
         "Figure 7",
         of_images=False,
+    ),
+    Kind(
+        "cka",
+        "picture",
+        "CKA between layers",
+        "Linear CKA between the global token after each block, over images of the val split.",
+        "how fast values fall away from the diagonal: blocks that are alike change little of what the global token says.",
+        of_images=False,
+        variant="layers",
     ),
     Kind(
         "per-class",
@@ -130,9 +148,21 @@ KINDS = (
         "Figures 10 and 11",
         of_images=False,
     ),
+    Kind(
+        "knn",
+        "picture",
+        "k-NN on patch tokens",
+        "k-NN accuracy of the mean of some patch tokens, those that CLS attends to most or least, beside the global token.",
+        "how many patches it takes to reach the global token, and whether the attended ones know more than the others.",
+        "Figure 14",
+        of_images=False,
+    ),
 )
 
-PREFIXES = tuple(f"{name}-" for name in ("curves", "views", *(kind.task for kind in KINDS)))
+PICTURES = (".png", ".jpg", ".jpeg", ".svg")
+"""Endings of pictures' names."""
+
+PREFIXES = tuple(f"{name}-" for name in ("curves", *dict.fromkeys(kind.stem for kind in KINDS)))
 """How the names of a report's pictures begin; what begins so in its folder is the report's own."""
 
 
@@ -151,7 +181,7 @@ def draw_curves(collection: Collection, out: Path) -> list[Figure]:
         every = lines_of(members)
         for start in range(0, len(every), MOST_LINES):
             lines = every[start : start + MOST_LINES]
-            file = _unused(figures, f"curves-{slug(data)}", ".png")
+            file = unused(figures, f"curves-{slug(data)}", ".png")
             _draw_curves(out / file, lines)
             remark = ", ".join(f"{line.label}: {len(line.runs)} run{'s' * (len(line.runs) > 1)}" for line in lines)
             figures.append(Figure(file, f"{data}, {architecture}", remark))
@@ -176,28 +206,49 @@ def _draw_curves(path: Path, lines: list[Line[Curves]]) -> None:
             label_ends(axes, ends)
 
 
+def may_be_shown(record: Record, key: str) -> bool:
+    """Whether the picture ``key`` of a record shows no image of the data, or only of the embedded data, drawn by code.
+
+    A picture of a kind that is not known counts as one of images.
+    """
+    of_images = [kind.of_images for kind in KINDS if (kind.task, kind.key) == (record.task, key)]
+    return is_embedded(record.data.source) or not any(of_images or [True])
+
+
 def copy_pictures(collection: Collection, out: Path, of_images: bool = True) -> dict[Kind, list[Figure]]:
     """Copy the pictures that the records name into the report's folder, of each kind of encoder its first seed's.
 
-    With ``of_images`` false, kinds that show the images of the data are left out. A picture that is not there is not an
-    error: records may be kept without.
+    With ``of_images`` false, what ``may_be_shown`` refuses is left out. A picture that is not there is not an error:
+    records may be kept without.
     """
     result: dict[Kind, list[Figure]] = {}
     taken: list[Figure] = []
     for kind in KINDS:
-        if kind.of_images and not of_images:
-            continue
-        shown: dict[tuple[object, ...], Figure] = {}
+        shown: dict[tuple[object, ...], tuple[Entry, Path]] = {}
         for entry in collection.of(kind.task):
-            key = _shown_once(kind, entry, collection)
-            if key in shown or (source := _picture(entry, kind.key, collection.unusable)) is None:
+            if _variant(entry.record) != kind.variant or not (of_images or may_be_shown(entry.record, kind.key)):
                 continue
-            figure = _copy(kind, entry, source, out, taken)
+            key = _shown_once(kind, entry, collection)
+            if key not in shown and (source := _picture(entry, kind.key, collection.unusable)) is not None:
+                shown[key] = entry, source
+        for entry, source in shown.values():
+            figure = _copy(kind, entry, source, out, taken, _differing(entry, [other for other, _ in shown.values()], collection))
             taken.append(figure)
-            shown[key] = figure
-        if shown:
-            result[kind] = list(shown.values())
+            result.setdefault(kind, []).append(figure)
     return result
+
+
+def _variant(record: Record) -> str:
+    """What a task's records are told apart by, beyond the task: CKA is between tokens or between layers."""
+    return "layers" if record.details.get("between") == "layers" else ""
+
+
+def _differing(entry: Entry, shown: Sequence[Entry], collection: Collection) -> str:
+    """The settings in which the entry's recipe differs from those of other pictures with its title; "" if it has none."""
+    title, data = method_title(entry.record.subject), entry.record.data.fingerprint
+    alike = [e for e in shown if (method_title(e.record.subject), e.record.data.fingerprint) == (title, data)]
+    recipes = [collection.recipe(other.record.subject) for other in alike]
+    return peculiarity(collection.recipe(entry.record.subject), recipes)
 
 
 def _shown_once(kind: Kind, entry: Entry, collection: Collection) -> tuple[object, ...]:
@@ -228,22 +279,21 @@ def _picture(entry: Entry, key: str, unusable: list[Unusable]) -> Path | None:
     return path
 
 
-def _copy(kind: Kind, entry: Entry, source: Path, out: Path, taken: list[Figure]) -> Figure:
+def _copy(kind: Kind, entry: Entry, source: Path, out: Path, taken: list[Figure], differing: str) -> Figure:
     subject, data = entry.record.subject, data_title(entry.record.data.source)
     if kind.key == "views":
-        file = _unused(taken, f"views-{slug(data)}", source.suffix)
-        figure = Figure(file, data)
+        figure = Figure(unused(taken, f"{kind.stem}-{slug(data)}", source.suffix), data)
     else:
         title = method_title(subject)
-        file = _unused(taken, f"{kind.task}-{slug(f'{data} {title}')}", source.suffix)
+        file = unused(taken, f"{kind.stem}-{slug(f'{data} {title}')}", source.suffix)
         seed = "" if subject.seed is None else f"seed {subject.seed}"
-        figure = Figure(file, f"{title} on {data}", seed)
-    with atomic(out / file) as temporary:
+        figure = Figure(file, f"{title} on {data}", ", ".join(filter(None, (plain_text(differing), seed))))
+    with atomic(out / figure.file) as temporary:
         shutil.copyfile(source, temporary)
     return figure
 
 
-def _unused(taken: Sequence[Figure], stem: str, suffix: str) -> str:
+def unused(taken: Sequence[Figure], stem: str, suffix: str) -> str:
     """``figures/<stem><suffix>``, numbered if a figure has that name."""
     names = {figure.file for figure in taken}
     numbered = [f"{FOLDER}/{stem}{suffix}", *(f"{FOLDER}/{stem}-{number}{suffix}" for number in range(2, len(names) + 3))]

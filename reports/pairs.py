@@ -15,12 +15,12 @@ import numpy as np
 
 from mte_bench.dense.resampling import interval_of
 from mte_bench.errors import UserError
+from mte_bench.naming import data_title
 from mte_bench.records import Data
 from reports.classes import AnyClasses, class_changes
 from reports.collect import Collection, Entry, Measure, Row, collect, data_tables, images_key
 from reports.compare import Comparison, Value, compare_any, summarise
 from reports.markdown import link_text
-from reports.naming import data_title
 from reports.predictions import Predictions
 
 Cell = tuple[Data, Measure, Row]

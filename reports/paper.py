@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from mte_bench.files import hash_of
+from mte_bench.naming import architecture_title, method_key
 from mte_bench.records import Data, Record
-from reports.naming import architecture_title, method_key
 
 Values = Mapping[str, Any]
 

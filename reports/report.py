@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mte_bench.files import write_json
+from mte_bench.naming import architecture_title, data_title
 from mte_bench.records import Record
 from reports.ablations import Ablation, ablations
 from reports.collect import Collection, Measure, collect, data_tables
 from reports.figures import FOLDER, PREFIXES, Figure, Kind, copy_pictures, draw_curves
 from reports.markdown import code, link_text, plain_text
-from reports.naming import architecture_title, data_title
 from reports.page import write_page
 from reports.paper import paper, same_data
 from reports.predictions import Predictions

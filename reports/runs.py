@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mte_bench.naming import architecture_title, data_title, method_title
 from mte_bench.records import RECORD_NAME, Record
 from reports.collect import Collection, Entry, plain_hash, protocol_text
 from reports.markdown import MISSING, Table, code, interval, link, plain_text
-from reports.naming import architecture_title, data_title, method_title
 from reports.topics import headline, is_evaluation
 
 VERSIONS = ("mte-bench", "torch", "torchvision", "timm", "faiss-cpu", "python")

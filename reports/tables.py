@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mte_bench.naming import data_title, peculiarity
 from reports.collect import Collection, DataTable, Entry, Measure, Row
 from reports.compare import Comparison, Value, compare, summarise
 from reports.markdown import MISSING, Table, code, interval, number, plain_text, plus_minus, probability
-from reports.naming import data_title, peculiarity
 from reports.paper import printed
 from reports.predictions import Predictions
 from reports.topics import FURTHER

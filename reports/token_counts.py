@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mte_bench.errors import UserError
+from mte_bench.naming import data_title, flat
 from mte_bench.plotting import COLOURS, picture
 from mte_bench.records import Metric, Record
 from reports.collect import Collection, Entry, images_key, protocol_text
 from reports.joint import conclude, pretrained, show
-from reports.naming import data_title, flat
 from reports.topics import HEADLINES, headline
 
 Counts = tuple[int, int]

@@ -103,7 +103,7 @@ def pretraining(folder, who, settings, seconds=600.0, data=SCENES, **changes):
     write_record(folder, record)
 
 
-def analysis(folder, task, who, data=SCENES):
+def analysis(folder, task, who, data=SCENES, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     Image.effect_noise((60, 60), 80).save(folder / f"{task}.png")
     record = make_record(
@@ -117,6 +117,7 @@ def analysis(folder, task, who, data=SCENES):
         command=f"mte-bench analyze {task}",
         created="2026-11-20T11:00:00+00:00",
         files={"picture": f"{task}.png"},
+        **changes,
     )
     write_record(folder, record)
 

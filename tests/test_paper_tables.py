@@ -9,10 +9,10 @@ from downstream.evaluate import load_protocol, settings_of
 from downstream.suites.cells import offered
 from made_up import ENVIRONMENT, IMAGENET, SCENES, evaluation, pretraining, recipe, subject
 from mte_bench.catalogue import rows
+from mte_bench.naming import architecture_title, method_title
 from mte_bench.records import Cost, Data, Metric, Protocol, Subject, make_record, write_record
 from pretrain.recipe import load_recipe
 from reports.collect import collect
-from reports.naming import architecture_title, method_title
 from reports.paper import paper, printed, printed_in
 from reports.report import write_report
 

@@ -22,10 +22,10 @@ from made_up import (
     subject,
 )
 from mte_bench.errors import UserError
+from mte_bench.naming import architecture_title, data_title, method_title
 from mte_bench.records import Metric, Protocol
 from mte_bench.statistics import bootstrap_ci, mcnemar, paired_bootstrap
 from reports.commands import report
-from reports.naming import architecture_title, data_title, method_title
 from reports.report import write_report
 
 
@@ -186,6 +186,18 @@ def test_a_protocol_with_other_metrics_shows_its_first(tmp_path):
     assert "k-NN `top1_k5` by `knn-fewshot@1 " in written.page.read_text()
 
 
+def test_of_several_kinds_of_feature_another_than_the_global_token_is_shown(tmp_path):
+    kinds = {f"top1_k10_{kind}": Metric(value=value, n=400) for kind, value in (("global", 50), ("patch-mean", 40))}
+    patches = Protocol(name="knn-patches", settings=KNN)
+    evaluation(tmp_path / "a", "knn", subject(), 0.5)
+    evaluation(tmp_path / "b", "knn", subject(), 0.5, predictions=False, metrics=kinds, protocol=patches)
+    written = write_report([tmp_path], tmp_path / "report")
+    assert [cell["metric"] for cell in cells(written.summary)] == ["top1_k10", "top1_k10_patch-mean"]
+    columns = table_rows(written.page.read_text(), "## k-NN, linear")[0]
+    titles = [column.replace("\\", "") for column in columns]
+    assert "(knn)" in titles[3] and "(knn-patches, top1_k10_patch-mean)" in titles[-1]
+
+
 def test_broken_records_are_named_and_counted_and_do_no_harm(tmp_path, capsys):
     build_runs(tmp_path / "runs", seeds=(0,))
     (tmp_path / "runs" / "half").mkdir()
@@ -256,17 +268,27 @@ def test_every_picture_and_link_of_the_page_is_there(tmp_path):
 
 
 def test_pictures_of_images_are_left_out_and_earlier_ones_removed(tmp_path):
-    build_runs(tmp_path / "runs", seeds=(0,))
+    build_runs(tmp_path / "runs", seeds=(0,), data=CIFAR)
     write_report([tmp_path / "runs"], tmp_path / "report")
     mine = tmp_path / "report" / "figures" / "mine.png"
     mine.write_bytes(b"")
-    (tmp_path / "report" / "figures" / ".attention-scenes.png.x1y2.png").write_bytes(b"left by a kill")
+    (tmp_path / "report" / "figures" / ".attention-cifar10.png.x1y2.png").write_bytes(b"left by a kill")
     (tmp_path / "report" / "report.json").unlink()
     report([str(tmp_path / "runs")], str(tmp_path / "report"), no_pictures_of_images=True)
     left = {path.name for path in (tmp_path / "report" / "figures").iterdir()}
-    assert left == {"curves-scenes.png", "cka-scenes-dino.png", "cka-scenes-dino-mte.png", "mine.png"}
+    assert left == {"curves-cifar10.png", "cka-cifar10-dino.png", "cka-cifar10-dino-mte.png", "mine.png"}
     page = (tmp_path / "report" / "report.md").read_text()
     assert "views-" not in page and "--no-pictures-of-images" in page
+
+
+def test_cka_between_tokens_and_between_layers_are_two_pictures(tmp_path):
+    for between in ("tokens", "layers"):
+        analysis(tmp_path / between, "cka", subject(True), details={"between": between})
+    written = write_report([tmp_path], tmp_path / "report")
+    assert written.summary["figures"] == ["figures/cka-layers-scenes-dino-mte.png", "figures/cka-scenes-dino-mte.png"]
+    for between, file in (("tokens", "cka-scenes"), ("layers", "cka-layers-scenes")):
+        under = written.page.read_text().partition(f"## CKA between {between}")[2].partition("\n## ")[0]
+        assert f"figures/{file}-dino-mte.png" in under and under.count("![") == 1
 
 
 def test_records_without_their_pictures_and_predictions_make_the_same_tables_of_values(tmp_path):
@@ -351,6 +373,10 @@ def test_rows_of_one_title_say_in_which_settings_they_differ(tmp_path):
         "DINO",
         *(f"DINO+MTE<br>{text}" for text in ("pooled 6, ten true", "pooled 0, ten true", "pooled 0, ten false")),
     ]
+    for letter in "bc":
+        analysis(tmp_path / letter / "evaluations" / "cka", "cka", subject(True, recipe_hash=letter * 12, sha256=letter * 64))
+    page = write_report([tmp_path], tmp_path / "report").page.read_text()
+    assert re.findall(r"\*\*DINO\+MTE on scenes\*\* \((.*)\)", page) == ["pooled 6, seed 0", "pooled 0, seed 0"]
     many = {"pooled": 1, "ten": False, "kernel": 3, "count": 2, "fusion": "sum"}
     pretraining(tmp_path / "d", subject(True, recipe_hash="d" * 12, sha256="d" * 64), recipe() | {"mte": many})
     page = write_report([tmp_path], tmp_path / "report").page.read_text()

@@ -1,12 +1,14 @@
 """What tokens know alone and together: the numbers are scikit-learn's, and parts add up to the whole."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from scipy.special import softmax
 from sklearn.linear_model import RidgeClassifier
 from sklearn.metrics import log_loss, normalized_mutual_info_score
@@ -20,6 +22,7 @@ from mte_bench.data.sources import SPLITS, Split, open_source
 from mte_bench.data.transforms import EvaluationTransform
 from mte_bench.encoders.checkpoint import open_checkpoint
 from mte_bench.encoders.encoder import EncoderSpec
+from mte_bench.encoders.weight_files import read_safetensors
 from mte_bench.errors import UserError
 from mte_bench.settings import merge
 from pretrain.recipe import Recipe
@@ -154,6 +157,17 @@ def test_pseudo_labels_are_the_prototypes_that_training_would_choose(trained: Pa
 def test_methods_without_prototypes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no prototypes"):
         analyse("pseudo-labels", "random:vit_tiny_patch16_224?image_size=32&patch_size=8&depth=1", tmp_path)
+
+
+def test_heads_of_another_version_are_refused_by_name(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    tensors, metadata = read_safetensors(run / "auxiliary.safetensors")
+    assert any("norms.0.weight" in name for name in tensors)
+    older = {name.replace("norms.0.", "norms.0.norm."): tensor for name, tensor in tensors.items()}
+    save_file(older, run / "auxiliary.safetensors", metadata)
+    with pytest.raises(UserError, match=r"auxiliary\.safetensors: its heads are not as this version writes them"):
+        analyse("pseudo-labels", run, tmp_path / "out")
 
 
 def test_matching_gives_each_class_one_prototype() -> None:

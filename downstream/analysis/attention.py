@@ -61,7 +61,7 @@ def measure_attention(protocol: AnalysisProtocol, prepared: Prepared, seen: Seen
             gallery.images,
             with_mean,
             names,
-            f"CLS attention in the last block\n{subject}",
+            f"Attention of CLS over the patches in the last block\n{subject}",
             "attention, relative to an even map",
         ),
         details={"unit": "nats", "largest_entropy": math.log(attention[0, 0].size)},

@@ -142,11 +142,12 @@ def measure_cka(protocol: CKAProtocol, prepared: Prepared, seen: Seen) -> Outcom
         for suffix, matrix in (("", exact), ("_minibatch", estimated)):
             metrics[group + suffix] = Metric(value=mean_between(matrix, rows, columns), n=count)
     between = "tokens" if names[0] == GLOBAL else "layers"
+    compared = "tokens" if between == "tokens" else "the global token after each block"
     return Outcome(
         metrics=metrics,
         values={"names": names, "exact": rounded(exact), "minibatch": rounded(estimated)},
         draw=lambda path, subject: draw_pairs(
-            path, {"": exact}, names, f"Linear CKA between {between}\n{subject}", "linear CKA", (0, 1)
+            path, {"": exact}, names, f"Linear CKA between {compared}\n{subject}", "linear CKA (1: alike, 0: unrelated)", (0, 1)
         ),
         details={"between": between, "estimators_max_abs_difference": float(np.abs(exact - estimated).max())},
     )

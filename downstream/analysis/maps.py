@@ -16,7 +16,7 @@ Floats = NDArray[np.floating]
 
 MAP_COLOURS = "viridis"  # perceptually even and distinct for every common kind of colour vision
 SIGNED_COLOURS = "PuOr"
-CELL, GAP, MARGIN, HEAD = 1.05, 0.09, 0.12, 0.65  # inches: a map, the space between groups, the border, title and names
+CELL, GAP, MARGIN, HEAD = 1.05, 0.09, 0.12, 0.85  # inches: a map, the space between groups, the border, title and names
 
 
 def relative(maps: Floats) -> Floats:
@@ -37,7 +37,7 @@ def draw_maps(
 ) -> None:
     """Write the picture of the ``maps`` (``i t rows columns``, not negative) of ``images`` (``i h w 3`` in [0, 1]).
 
-    ``captions`` name the images, ``columns`` the maps; ``title`` has two lines; ``label`` says what the colours mean.
+    ``captions`` name the images, ``columns`` the maps; ``title`` has three lines; ``label`` says what the colours mean.
     Maps are shown relative to their own mean on one scale for all, cut at the 1st and 99th percentile but never
     narrower than 0.9 to 1.1, so that an even map looks even. ``kernels`` (``t k k``), one per column, are drawn on top
     on a scale of their own around 0.

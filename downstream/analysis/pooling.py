@@ -99,7 +99,7 @@ def measure_pooling(protocol: AnalysisProtocol, prepared: Prepared, seen: Seen) 
             gallery.images,
             shown,
             names,
-            f"Weight maps of the pooled tokens\n{subject}",
+            f"Weights with which the pooled tokens add up the patches\n{subject}",
             "absolute weight, relative to the map's mean",
             kernels,
         ),

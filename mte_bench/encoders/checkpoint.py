@@ -85,7 +85,8 @@ class Checkpoint:
     def token_heads(self) -> TokenHeads | None:
         """The heads of all tokens and their prototypes; None where there are no auxiliary tokens or no prototypes.
 
-        Raises ``UserError`` for prototypes that tokens do not share (``mte.tails=each``): they name different things.
+        Raises ``UserError`` for prototypes that tokens do not share (``mte.tails=each``), which name different things, and
+        for heads of another version.
         """
         if self.auxiliary is None:
             return None
@@ -102,8 +103,11 @@ class Checkpoint:
             raise UserError(f"{self.auxiliary}: its tokens do not share their prototypes (mte.tails)")
         prototypes = Prototypes(tail["weight_v"].shape[1], len(tail["weight_v"]), frozen_norm=False)
         prototypes.load_state_dict(tail)
-        shared = StackedMLP.like(of("global"), "gelu")
-        return TokenHeads(shared, StackedMLP.like(own, "gelu") if own else shared, prototypes).eval()
+        try:
+            shared = StackedMLP.like(of("global"), "gelu")
+            return TokenHeads(shared, StackedMLP.like(own, "gelu") if own else shared, prototypes).eval()
+        except (RuntimeError, KeyError) as error:
+            raise UserError(f"{self.auxiliary}: its heads are not as this version writes them; pre-train again") from error
 
     def _read_auxiliary(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors, metadata = read_safetensors(path)

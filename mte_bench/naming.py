@@ -1,4 +1,4 @@
-"""How subjects, architectures and sources are called in tables: the paper's words where it has one."""
+"""How subjects, architectures and sources are called in tables and pictures: the paper's words where it has one."""
 
 import re
 from collections import Counter
@@ -106,3 +106,8 @@ def data_key(source: str) -> str:
 def slug(text: str) -> str:
     """``text`` as part of a file name: lower case, digits, and hyphens between."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("+", "-")).strip("-") or "x"
+
+
+def is_embedded(source: str) -> bool:
+    """Whether the images are the embedded data, which code draws: they may be shown to anyone."""
+    return source.partition("?")[0] == "scenes"
