@@ -63,7 +63,7 @@ def architecture_title(subject: Subject) -> str:
     elif swin := _SWIN.fullmatch(subject.arch):
         title = "Swin" if "embed_dim" in subject.arch_options else f"Swin-{_SIZES[swin[1]].replace('Ti', 'T')}"
     order = [*_OPTIONS, *sorted(subject.arch_options.keys() - _OPTIONS)]
-    options = [f"{_OPTIONS.get(key, key)} {subject.arch_options[key]}" for key in order if key in subject.arch_options]
+    options = [f"{_OPTIONS.get(key, key)} {_option(subject.arch_options[key])}" for key in order if key in subject.arch_options]
     title += f" ({', '.join(options)})" if options else ""
     return title if subject.image_size in (None, 224) else f"{title} at {subject.image_size} px"
 
@@ -89,6 +89,11 @@ def flat(settings: Mapping[str, Any], start: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         result |= flat(value, f"{start}{key}.") if isinstance(value, Mapping) else {f"{start}{key}": value}
     return result
+
+
+def _option(value: Any) -> str:
+    """``2/4/4`` for what a Swin has stage by stage."""
+    return "/".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def data_title(source: str) -> str:

@@ -21,6 +21,7 @@ from reports.markdown import Table, code, fence, plain_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 FILTERED = 16  # rows from which a table has a field that filters it
+WRAPPED = 24  # characters from which a line in a cell of words may be broken
 
 _INLINE = re.compile(r"\\(?P<kept>\W|_)|`(?P<code>[^`]*)`|\*\*(?P<bold>.+?)\*\*|\[(?P<text>[^\]]*)\]\((?P<link>[^)]*)\)|\n")
 _PLACE = re.compile(r'<div data-table="(\d+)"></div>')
@@ -107,7 +108,7 @@ def _inlined(path: Path) -> str:
 
 def table_html(table: Table) -> str:
     """The table as HTML: its head sorts, long ones can be filtered, wide ones scroll by themselves."""
-    sides = ["" if side == "l" else ' class="r"' for side in table.align]
+    sides = [f' class="{_width(table, column) if side == "l" else "r"}"' for column, side in enumerate(table.align)]
     head = "".join(
         f'<th scope="col"{side}><button type="button">{inline_html(title)}</button></th>'
         for side, title in zip(sides, table.columns, strict=True)
@@ -119,6 +120,13 @@ def table_html(table: Table) -> str:
     field = '<input type="search" placeholder="filter" aria-label="filter the rows">\n' if len(table.rows) >= FILTERED else ""
     lines = "\n".join(rows)
     return f'{field}<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{lines}\n</tbody>\n</table></div>'
+
+
+def _width(table: Table, column: int) -> str:
+    """``s`` for a column of short texts, which are not broken, else ``w``."""
+    lines = (re.sub(r"\]\([^)]*\)", "", line) for row in table.rows for line in row[column].split("\n"))  # without addresses
+    longest = max(map(len, lines), default=0)
+    return "s" if longest < WRAPPED else "w"
 
 
 def inline_html(cell: str) -> str:

@@ -107,7 +107,7 @@ def _opening(collection: Collection, sections: Sequence[Section]) -> dict[str, s
         "methods": plain_text(_listed(entry.title for entry in collection.entries)),
         "architectures": plain_text(_listed(architecture_title(record.subject) for record in all_records)),
         "data": _listed(f"{_data_title(record)} ({_data_text(record)})" for record in evaluated),
-        "seeds": _listed(map(str, seeds)),
+        "seeds": f"seed{'s' if len(seeds) > 1 else ''} {_listed(map(str, seeds))}" if seeds else "",
         "records": str(len(all_records)),
         "period": period(all_records),
         "machinery": plain_text(machinery(all_records)),
@@ -134,7 +134,11 @@ def _again(runs: Iterable[str | Path], out: Path, pictures_of_images: bool) -> s
 
 
 def _topic_view(topic: Topic, parts: Sequence[Section]) -> dict[str, Any]:
-    return {"title": topic.title, "paper": topic.paper, "parts": [_section_view(part) for part in parts]}
+    views = [_section_view(part) for part in parts]
+    titles = [view["title"] for view in views]
+    for view in views:  # parts of one set of images are told apart by their sizes
+        view["title"] += f": {view['data']}" if titles.count(view["title"]) > 1 else ""
+    return {"title": topic.title, "paper": topic.paper, "parts": views}
 
 
 def _section_view(part: Section) -> dict[str, Any]:

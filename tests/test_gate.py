@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections import Counter
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -11,8 +13,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from downstream.evaluate import load_protocol, settings_of
+from downstream.suites.cells import cells_of, load_suite
 from made_up import KNN, SCENES, evaluation, subject
 from mte_bench import cli
+from mte_bench.files import hash_of
 from mte_bench.records import Protocol
 from reports.baseline import measure, read_baseline
 from reports.collect import collect
@@ -222,14 +227,27 @@ def test_what_the_user_can_mend(tmp_path, baseline, error_line):
 
 
 def test_the_workflow_that_is_to_be_copied_runs_what_there_is():
-    from pathlib import Path
-
     folder = Path(__file__).resolve().parent.parent / "docs"
     (block,) = [part.partition("```")[0] for part in (folder / "gate.md").read_text().split("```yaml\n")[1:]]
     (job,) = yaml.safe_load(block)["jobs"].values()
     words = " ".join(step.get("run", "") for step in job["steps"]).replace("\\\n", " ").split()
     verbs = {words[index + 1] for index, word in enumerate(words) if word == "mte-bench"}
     assert verbs and verbs <= set(cli.commands()) and "check" in verbs
+
+
+def test_the_baseline_of_this_repository_is_of_the_cells_of_its_gate():
+    """If this fails, a protocol has changed: measure anew with .ci/gate --update."""
+    root = Path(__file__).resolve().parent.parent
+    stated = Counter()
+    for cell in cells_of(load_suite(str(root / ".ci" / "gate.yaml")), "gate", Path("cells"), {}):
+        name, protocol = load_protocol(cell.offer, cell.request.protocol, cell.request.set)
+        stated[cell.offer.name, f"{name}@{protocol.version} {hash_of(settings_of(protocol), 8)}"] += 1
+    baseline = read_baseline(root / "tests" / "gate.json")
+    assert Counter((cell.task, cell.protocol) for cell in baseline.cells) == stated
+    tasks = {"knn", "linear", "finetune", "inat", "coco", "ade20k"}
+    assert {task for task, _ in stated} == set(baseline.tolerances) == tasks and set(stated.values()) == {2}
+    assert len({cell.architecture for cell in baseline.cells}) == 2
+    assert all(cell.right for cell in baseline.cells if cell.task not in ("coco", "ade20k"))
 
 
 @pytest.mark.slow

@@ -130,6 +130,8 @@ def test_cells_from_markdown_to_html():
     table = Table(("Name", "Value"), (("a", "1"),) * 20, "lr")
     assert table_html(table).count("<tr>") == 21 and 'type="search"' in table_html(table)
     assert 'type="search"' not in table_html(Table(("Name",), (("a",),), "l"))
+    assert '<td class="s">a</td>' in table_html(table) and '<td class="r">1</td>' in table_html(table)
+    assert '<td class="w">' in table_html(Table(("Name",), (("a",), ("a text of more than a few words",)), "l"))
 
 
 def test_refresh_reloads_and_is_not_there_otherwise(tmp_path):

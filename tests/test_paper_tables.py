@@ -1,6 +1,7 @@
 """The paper's tables in a report: its numbers stand only beside what is comparable, and every table has its place."""
 
 import json
+from importlib.metadata import entry_points
 
 import pytest
 from test_reports import cells, table_rows
@@ -85,6 +86,12 @@ def test_the_protocols_that_are_comparable_are_those_of_the_program():
         stated = record(task, subject(), SETS[task], shipped(task, name))
         assert _protocol(stated, known["free_settings"]) == column["protocol"]
         assert all(column["column"] in paper()["tables"][table]["columns"] for table in column["tables"])
+
+
+def test_every_task_that_a_suite_may_list_is_listed_and_every_protocol_is_of_one():
+    tasks = {row["name"] for row in rows("tasks")}
+    assert tasks == {entry.name for entry in entry_points(group="mte_bench.tasks")}
+    assert {row["task"] for row in rows("protocols")} == tasks
 
 
 def recipes_of(*tables):

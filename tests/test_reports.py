@@ -331,6 +331,8 @@ def test_names():
     assert architecture_title(subject(arch="swin_tiny_patch4_window7_224", image_size=224)) == "Swin-T"
     small = subject(arch="swin_tiny_patch4_window7_224", image_size=224, arch_options={"embed_dim": 32})
     assert architecture_title(small) == "Swin (width 32)"
+    stages = small.model_copy(update={"arch_options": {"embed_dim": 32, "depths": [1, 1, 2]}})
+    assert architecture_title(stages) == "Swin (width 32, depths 1/1/2)"
     assert architecture_title(subject(arch="vit_small_patch14_dinov2", image_size=224)) == "vit_small_patch14_dinov2"
     assert data_title("scenes?train=10&val=5") == "scenes"
     assert data_title("imagefolder:/somewhere/else/cifar10/?per_class=10") == "cifar10"
