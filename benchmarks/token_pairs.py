@@ -43,7 +43,7 @@ def main() -> None:
         found = []
         for members in sets:
             own, others = (np.concatenate([array[place] for place in members], axis=1) for array in (bank, asked))
-            probe = RidgeProbe(protocol.penalties, protocol.held_out, protocol.seed).fit(own, labels)
+            probe = RidgeProbe(protocol.penalties, held_out=protocol.held_out, seed=protocol.seed).fit(own, labels)
             found.append(probe.predict(others)[:, 0])
         return found
 

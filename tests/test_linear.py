@@ -63,7 +63,7 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit():
     features, labels = blobs(300)
     first, again = (LinearProbe(epochs=3, seed=1).fit(features, labels) for _ in range(2))
     assert torch.equal(first.sweep_.weight, again.sweep_.weight) and torch.equal(first.heads_.weight, again.heads_.weight)
-    assert first.held_out_top1_ == again.held_out_top1_ and first.rate_ == again.rate_
+    assert first.held_out_top1_ == again.held_out_top1_ and first.chosen_ == again.chosen_
     other = LinearProbe(epochs=3, seed=2).fit(features, labels)
     assert not torch.equal(first.sweep_.weight, other.sweep_.weight)
 
@@ -71,7 +71,7 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit():
 def test_what_is_reported_was_trained_on_all_images_with_the_chosen_rate():
     features, labels = blobs(300)
     probe = LinearProbe((1e-3, 0.1), epochs=5, batch_size=64).fit(features, labels)
-    layer = one_by_one(probe, torch.from_numpy(features), torch.from_numpy(labels), 4, probe.rate_)
+    layer = one_by_one(probe, torch.from_numpy(features), torch.from_numpy(labels), 4, probe.chosen_)
     torch.testing.assert_close(probe.heads_.weight[0], layer.weight.detach(), rtol=0, atol=1e-5)
     expected = layer(torch.from_numpy(features)).topk(4, dim=1).indices.numpy()
     assert np.array_equal(probe.predict(features), expected)
@@ -85,13 +85,13 @@ def test_the_rate_is_the_one_that_is_best_on_held_out_train_images():
     held = torch.from_numpy(features[out])
     top1 = [100 * (layer(held).argmax(1).numpy() == labels[out]).mean() for layer in layers]
     assert probe.held_out_top1_ == pytest.approx(top1)
-    assert top1[probe.rates.index(probe.rate_)] == max(top1) > top1[0]
+    assert top1[probe.rates.index(probe.chosen_)] == max(top1) > top1[0]
 
 
 def test_a_rate_that_diverges_is_never_chosen():
     features, labels = blobs(200)
     probe = LinearProbe((1e38, 1e-2), epochs=3, batch_size=32).fit(features * 10, labels)
-    assert probe.rate_ == 1e-2
+    assert probe.chosen_ == 1e-2
     assert probe.held_out_top1_[0] == 0 and math.isinf(probe.held_out_loss_[0])
     assert torch.isfinite(probe.heads_.weight).all()
 

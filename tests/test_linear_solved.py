@@ -32,11 +32,11 @@ def test_every_penalty_is_scikit_learns_ridge(classes, monkeypatch):
     centred = features - features.mean(0)
     for place, penalty in enumerate(PENALTIES):
         alpha = penalty * np.trace(centred.T @ centred) / features.shape[1]
-        weight, bias = probe.heads_.weight[place].numpy(), probe.heads_.bias[place].numpy()
+        weight, bias = probe.sweep_.weight[place].numpy(), probe.sweep_.bias[place].numpy()
         peer = Ridge(alpha=alpha).fit(features, np.where(labels[:, None] == np.arange(classes), 1.0, -1.0))
         np.testing.assert_allclose(weight, peer.coef_, rtol=0, atol=1e-6)
         np.testing.assert_allclose(bias, peer.intercept_, rtol=0, atol=1e-6)
-        probe.best_ = place
+        probe.heads_ = probe.sweep_.take([place])
         assert np.array_equal(probe.predict(queries)[:, 0], RidgeClassifier(alpha=alpha).fit(features, labels).predict(queries))
 
 
@@ -49,7 +49,7 @@ def test_the_penalty_is_the_one_that_is_best_on_held_out_train_images():
         alpha = penalty * np.trace(centred.T @ centred) / 40
         scores.append(100 * RidgeClassifier(alpha=alpha).fit(features[~out], labels[~out]).score(features[out], labels[out]))
     assert probe.held_out_top1_ == pytest.approx(scores)
-    assert probe.penalty_ == probe.penalties[int(np.argmax(scores))] and len(set(scores)) > 1
+    assert probe.chosen_ == probe.penalties[int(np.argmax(scores))] and len(set(scores)) > 1
 
 
 def test_features_in_16_bits_and_of_any_scale_give_the_same_classes(tmp_path):
@@ -67,13 +67,13 @@ def test_logistic_regression_minimises_ibots_objective(classes):
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     probe = LogisticProbe((0.01, 0.1, 1e-3), tolerance=1e-7).fit(features.astype(np.float32), labels)
     for place, penalty in enumerate(probe.penalties):
-        weight = probe.heads_.weight[place].double().numpy()
+        weight = probe.sweep_.weight[place].double().numpy()
         scores = unit @ weight.T
         chances = np.exp(scores - scores.max(1, keepdims=True))
         chances /= chances.sum(1, keepdims=True)
         gradient = (chances - np.eye(classes)[labels]).T @ unit / len(unit) + penalty * weight
         assert abs(gradient).max() < 5e-7 and abs(penalty * weight).max() > 1e-3
-        assert not probe.heads_.bias.any()
+        assert not probe.sweep_.bias.any()
 
 
 def test_a_class_without_train_images_is_never_predicted():

@@ -92,7 +92,7 @@ class TokenRidge:
 
     def __init__(self, protocol: ProbesProtocol, seen: Seen):
         assert seen.bank is not None
-        self.probe = RidgeProbe(protocol.penalties, protocol.held_out, protocol.seed)
+        self.probe = RidgeProbe(protocol.penalties, held_out=protocol.held_out, seed=protocol.seed)
         widths = [array.shape[1] for array in seen.arrays]
         self.columns = list(torch.arange(sum(widths)).split(widths))
         self.asked = _side_by_side(seen.arrays)
@@ -103,7 +103,7 @@ class TokenRidge:
         """The classes ``n`` that the probe of ``members`` gives the val images."""
         columns = torch.cat([self.columns[place] for place in members])
         self.probe.solve(self.halves.of(columns))
-        self.at_edge_ += self.probe.penalty_ in (min(self.probe.penalties), max(self.probe.penalties))
+        self.at_edge_ += self.probe.chosen_ in (min(self.probe.penalties), max(self.probe.penalties))
         return self.probe.predict(self.asked[:, columns.numpy()])[:, 0]
 
 

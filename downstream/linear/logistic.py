@@ -7,6 +7,7 @@ the weights, no intercept. iBOT stops its own solver (cyanure's, catalyst-miso) 
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, Self
 
 import numpy as np
@@ -14,61 +15,40 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat
 
-from downstream.linear.heads import NEVER, Heads, accuracy, best_of, hold_out, rank
-from downstream.linear.protocol import LinearProtocol
-from downstream.task import FeatureProtocol, Outcome, Split, TaskEstimate, top_metrics
+from downstream.linear.heads import NEVER, Heads
+from downstream.linear.kept import KeptProtocol, Probe
+from downstream.task import TaskEstimate
 from mte_bench.console import log
-from mte_bench.errors import UserError
 from mte_bench.knn_bank import normalise
 
 
-class LogisticProbe:
-    """Logistic regression whose penalty is chosen among several on held-out images.
+@dataclass(eq=False)
+class LogisticProbe(Probe):
+    """Logistic regression whose penalty is chosen among several; solved on the CPU, whatever the device.
 
     Args:
         penalties: on half the squared norm of the weights, beside the mean cross-entropy.
-        held_out: share of each class's train images on which the penalty is chosen, 0 to 1, exclusive.
         tolerance: largest entry of the gradient of the mean objective at which it is solved.
         iterations: after so many of L-BFGS it stops with a remark.
-        seed: of the held-out images.
 
-    Attributes after ``fit``: ``penalty_`` (the chosen one), ``heads_`` (of every penalty, on all images), ``held_out_top1_``
-    (percent, by penalty), ``best_`` (place of the chosen one).
+    ``sweep_`` is of all train images.
     """
 
-    def __init__(
-        self,
-        penalties: Sequence[float] = (0.01, 0.1, 1.0),
-        held_out: float = 0.1,
-        tolerance: float = 1e-6,
-        iterations: int = 1000,
-        seed: int = 0,
-    ):
-        self.penalties = penalties
-        self.held_out = held_out
-        self.tolerance = tolerance
-        self.iterations = iterations
-        self.seed = seed
+    penalties: Sequence[float] = (0.01, 0.1, 1.0)
+    tolerance: float = 1e-6
+    iterations: int = 1000
+
+    names = ("penalty", "penalties")
 
     def fit(self, features: NDArray[np.floating], labels: NDArray[np.int64]) -> Self:
-        """Choose the penalty and solve for all of ``features`` (``n c``) and ``labels`` (``n``).
-
-        Raises ``UserError`` where there are fewer than two classes, or no class has an image to hold out.
-        """
-        if len(np.unique(labels)) < 2:
-            raise UserError("linear: the train images are of one class only; at least two are needed")
-        out = hold_out(labels, self.held_out, self.seed)
-        x = self.transform(features)
-        y = torch.from_numpy(np.array(labels, dtype=np.int64))
-        self.held_out_top1_, losses = accuracy(self._solve(x[~out], labels[~out], int(labels.max()) + 1), x[out], y[out])
-        self.best_ = best_of(self.held_out_top1_, losses)
-        self.penalty_ = self.penalties[self.best_]
-        self.heads_ = self._solve(x, labels, int(labels.max()) + 1)
+        """See ``Probe``."""
+        out = self._held(labels)
+        x, classes = self.transform(features), int(labels.max()) + 1
+        of_kept = self._solve(x[~out], labels[~out], classes)
+        best = self._choose(of_kept, x[out], torch.from_numpy(np.array(labels[out], dtype=np.int64)))
+        self.sweep_ = self._solve(x, labels, classes)
+        self.heads_ = self.sweep_.take([best])
         return self
-
-    def predict(self, features: NDArray[np.floating]) -> NDArray[np.int64]:
-        """The five most likely classes of ``features`` (``q c``), best first: ``q 5``, or as many as there are classes."""
-        return rank(self.heads_.take([self.best_]), self.transform(features))
 
     def transform(self, features: NDArray[np.floating]) -> torch.Tensor:
         """``features`` (``q c``) at unit length, float32."""
@@ -97,9 +77,10 @@ class LogisticProbe:
         return Heads(weights, biases)
 
 
-class LogisticProtocol(LinearProtocol):
+class LogisticProtocol(KeptProtocol):
     """Settings of logistic regression; ``LogisticProbe`` says what they mean."""
 
+    estimator = LogisticProbe
     solver: Literal["logistic"]
     penalties: tuple[PositiveFloat, ...] = Field(min_length=1)
     tolerance: float = Field(gt=0)
@@ -108,25 +89,6 @@ class LogisticProtocol(LinearProtocol):
     def for_smoke(self) -> Self:
         """Two iterations."""
         return self.model_copy(update={"iterations": 2})
-
-    def probe(self) -> LogisticProbe:
-        """The estimator with these settings."""
-        return LogisticProbe(**self.model_dump(exclude={*FeatureProtocol.model_fields, "solver"}))
-
-    def evaluate(self, train: Split, val: Split, device: torch.device) -> Outcome:
-        """Top-1 and top-5 of the val split; every penalty's accuracy among the details."""
-        probe = self.probe().fit(train.features, train.labels)
-        on_val, _ = accuracy(probe.heads_, probe.transform(val.features), torch.from_numpy(val.labels))
-        details = {
-            "penalty": probe.penalty_,
-            "reported": "solved for all train images with the penalty chosen on held-out train images",
-            "penalties": list(probe.penalties),
-            "held_out_top1": [round(value, 3) for value in probe.held_out_top1_],
-            "held_out_images": int(hold_out(train.labels, self.held_out, self.seed).sum()),
-            "val_top1": [round(value, 3) for value in on_val],  # iBOT prints these
-            "top1_if_chosen_on_val": round(max(on_val), 3),
-        }
-        return Outcome(top_metrics(probe.predict(val.features), val.labels, len(train.classes)), details)
 
     def estimate(self, train: int, val: int, width: int, classes: int, device: torch.device) -> TaskEstimate:
         """From one evaluation of the objective on some random features, and 200 for each penalty in each of the two fits."""

@@ -6,7 +6,8 @@ the features, which may be larger than memory. What it predicts is what scikit-l
 
 import time
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Self
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -14,10 +15,9 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from downstream.linear.heads import NEVER, Heads, accuracy, best_of, hold_out, rank, warn_of_edge
-from downstream.linear.protocol import LinearProtocol
-from downstream.task import FeatureProtocol, Outcome, Split, TaskEstimate, top_metrics
-from mte_bench.errors import UserError
+from downstream.linear.heads import NEVER, Heads
+from downstream.linear.kept import KeptProtocol, Probe
+from downstream.task import TaskEstimate
 
 ROWS = 16_384
 """Features that are in memory at a time, in float64."""
@@ -81,43 +81,32 @@ class Halves(NamedTuple):
         return Halves(self.kept.of(columns), self.held.of(columns), self.asked[:, columns], self.truth)
 
 
-class RidgeProbe:
-    """Ridge classifier whose penalty is chosen among many on held-out images.
+@dataclass(eq=False)
+class RidgeProbe(Probe):
+    """Ridge classifier whose penalty is chosen among many; solved in float64.
 
     Args:
         penalties: relative to the mean eigenvalue of the features' centred Gram matrix.
-        held_out: share of each class's train images on which the penalty is chosen, 0 to 1, exclusive.
-        seed: of the held-out images.
-        device: where it is solved, in float64.
 
-    Attributes after ``fit``: ``penalty_`` and ``alpha_`` (the chosen one, relative and as scikit-learn's), ``heads_`` (of every
-    penalty, on all images), ``held_out_top1_`` (percent, by penalty).
+    ``sweep_`` is of all train images; ``alpha_`` is the chosen penalty as scikit-learn's.
     """
 
-    def __init__(
-        self,
-        penalties: Sequence[float],
-        held_out: float = 0.1,
-        seed: int = 0,
-        device: str | torch.device = "cpu",
-    ):
-        self.penalties = penalties
-        self.held_out = held_out
-        self.seed = seed
-        self.device = device
+    penalties: Sequence[float]
+
+    names = ("penalty", "penalties")
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """See ``Probe``."""
+        return {"alpha": float(f"{self.alpha_:.6g}")}
 
     def fit(self, features: NDArray[np.floating], labels: NDArray[np.int64]) -> Self:
-        """Choose the penalty and solve for all of ``features`` (``n c``, read in parts) and ``labels`` (``n``).
-
-        Raises ``UserError`` where there are fewer than two classes, or no class has an image to hold out.
-        """
+        """See ``Probe``; the features are read in parts."""
         return self.solve(self.halves(features, labels))
 
     def halves(self, features: NDArray[np.floating], labels: NDArray[np.int64]) -> Halves:
         """What ``solve`` takes, of ``features`` (``n c``, read in parts) and ``labels`` (``n``). Raises as ``fit`` does."""
-        if len(np.unique(labels)) < 2:
-            raise UserError("linear: the train images are of one class only; at least two are needed")
-        out = hold_out(labels, self.held_out, self.seed)
+        out = self._held(labels)
         device = torch.device("cpu" if torch.device(self.device).type == "mps" else self.device)  # which has no float64
         kept, held = (Moments(features.shape[1], int(labels.max()) + 1, device) for _ in range(2))
         for start in range(0, len(features), ROWS):
@@ -132,42 +121,18 @@ class RidgeProbe:
 
     def solve(self, halves: Halves) -> Self:
         """Choose the penalty and solve for all images of ``halves``."""
-        self.held_out_top1_, losses = accuracy(halves.kept.solve(self.penalties)[0], halves.asked, halves.truth)
-        self.best_ = best_of(self.held_out_top1_, losses)
-        self.heads_, alphas = (halves.kept + halves.held).solve(self.penalties)
-        self.penalty_, self.alpha_ = self.penalties[self.best_], alphas[self.best_]
+        best = self._choose(halves.kept.solve(self.penalties)[0], halves.asked, halves.truth)
+        self.sweep_, alphas = (halves.kept + halves.held).solve(self.penalties)
+        self.heads_, self.alpha_ = self.sweep_.take([best]), alphas[best]
         return self
 
-    def predict(self, features: NDArray[np.floating]) -> NDArray[np.int64]:
-        """The five most likely classes of ``features`` (``q c``), best first: ``q 5``, or as many as there are classes."""
-        return rank(self.heads_.take([self.best_]), torch.from_numpy(np.array(features)))
 
-
-class RidgeProtocol(LinearProtocol):
+class RidgeProtocol(KeptProtocol):
     """Settings of the ridge probe; ``RidgeProbe`` says what they mean."""
 
+    estimator = RidgeProbe
     solver: Literal["ridge"]
     penalties: tuple[PositiveFloat, ...] = Field(min_length=1)
-
-    def probe(self, device: torch.device) -> RidgeProbe:
-        """The estimator with these settings."""
-        return RidgeProbe(**self.model_dump(exclude={*FeatureProtocol.model_fields, "solver"}), device=device)
-
-    def evaluate(self, train: Split, val: Split, device: torch.device) -> Outcome:
-        """Top-1 and top-5 of the val split; every penalty's held-out accuracy among the details."""
-        probe = self.probe(device).fit(train.features, train.labels)
-        on_val, _ = accuracy(probe.heads_, torch.from_numpy(np.array(val.features)), torch.from_numpy(val.labels))
-        warn_of_edge("penalty", probe.penalty_, probe.penalties)
-        details = {
-            "penalty": probe.penalty_,
-            "alpha": float(f"{probe.alpha_:.6g}"),
-            "reported": "solved for all train images with the penalty chosen on held-out train images",
-            "penalties": list(probe.penalties),
-            "held_out_top1": [round(value, 3) for value in probe.held_out_top1_],
-            "held_out_images": int(hold_out(train.labels, self.held_out, self.seed).sum()),
-            "top1_if_chosen_on_val": round(max(on_val), 3),
-        }
-        return Outcome(top_metrics(probe.predict(val.features), val.labels, len(train.classes)), details)
 
     def estimate(self, train: int, val: int, width: int, classes: int, device: torch.device) -> TaskEstimate:
         """From the products of some rows and one decomposition, measured on random features."""
