@@ -15,7 +15,11 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` (CUDA, else MPS, else CPU) or a torch device string; raises ``UserError`` if it is not there."""
+    """``auto`` (CUDA, else MPS, else CPU) or a torch device string; raises ``UserError`` if it is not there.
+
+    ``cuda`` under ``torchrun`` is each process's own GPU; raises ``UserError`` for a single one where there are several.
+    """
+    refuse_shared(name)
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
@@ -51,6 +55,13 @@ class Place(NamedTuple):
 
 
 ALONE = Place()
+
+
+def refuse_shared(name: str) -> None:
+    """Raise ``UserError`` if the device ``name`` puts several processes of this machine on one GPU."""
+    processes = Place.of_this_process().local_processes
+    if name.startswith("cuda:") and processes > 1:
+        raise UserError(f"--device {name}: one GPU for {processes} processes; leave --device at cuda, and each takes its own")
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mte_bench.device import Place
+from mte_bench.device import Place, refuse_shared
 
 PATIENCE = timedelta(hours=12)
 """How long processes wait for one that works alone, such as the first at k-NN: NCCL's ten minutes end before ImageNet's."""
@@ -16,7 +16,11 @@ V = TypeVar("V")
 
 
 def start(device: str) -> tuple[int, int]:
-    """Join the process group if ``torchrun`` started this process; returns (rank, processes)."""
+    """Join the process group if ``torchrun`` started this process; returns (rank, processes).
+
+    Raises ``UserError`` if ``device`` is one GPU for several processes.
+    """
+    refuse_shared(device)
     here = Place.of_this_process()
     if here.processes > 1 and not dist.is_initialized():
         cuda = torch.cuda.is_available() and device != "cpu"
@@ -50,6 +54,11 @@ def summed(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     values = values.to(device)
     dist.all_reduce(values)
     return values
+
+
+def mean(values: torch.Tensor) -> torch.Tensor:
+    """The mean of ``values``, on the group's kind of device, over the processes, in place."""
+    return summed(values, values.device).div_(place()[1])
 
 
 def spread(model: nn.Module, **options: Any) -> nn.Module:

@@ -38,7 +38,7 @@ from mte_bench.training.schedules import cosine
 from pretrain import mte
 from pretrain.loader import Batch, Grid, step_sampler, view_loader
 from pretrain.methods import METHODS
-from pretrain.methods.base import mean_over_processes, mean_over_rows
+from pretrain.methods.base import mean_over_rows
 from pretrain.monitor import classifier_top1, knn_top1
 from pretrain.optimiser import EMA, build_optimiser, clip_per_tensor, clip_whole, drop_gradients, learning_rate, set_rates
 from pretrain.recipe import Recipe
@@ -163,8 +163,7 @@ class Trainer(Loop[Batch]):
             patch_means += [mean_over_rows(view) for view in vectors.of_patches or []]
             for key, value in parts.items():
                 sums[key] = sums.get(key, 0) + value.detach() / recipe.accumulate
-        means = mean_over_processes(torch.stack([value.float() for value in sums.values()]))
-        values = dict(zip(sums, means.tolist(), strict=True))
+        values = self.means(sums)
         self.refuse_non_finite(values["loss"], "a lower optimiser.lr, a smaller optimiser.clip", self._list_batch)
         drop_gradients(self.method.without_gradient(self.student, epoch))
         values |= self.update(momentum)

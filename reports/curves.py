@@ -51,7 +51,10 @@ class Line(Generic[R]):
 
 
 def curve_lines(entry: Entry, unusable: list[Unusable]) -> Iterator[dict[str, Any]]:
-    """The lines of a pre-training run's curves; those that a stop cut in two are left out, and named as unusable."""
+    """The lines of a pre-training run's curves, without values that are null because they were not finite.
+
+    Lines that a stop cut in two are left out, and named as unusable.
+    """
     path = entry.folder / entry.record.files.get("curves", "curves.jsonl")
     if not path.is_file():
         return
@@ -59,7 +62,7 @@ def curve_lines(entry: Entry, unusable: list[Unusable]) -> Iterator[dict[str, An
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-            yield {key: float(value) for key, value in line.items()} | {"epoch": float(line["epoch"])}
+            yield {key: float(value) for key, value in line.items() if value is not None} | {"epoch": float(line["epoch"])}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             broken += 1
     if broken:

@@ -127,6 +127,40 @@ def test_after_a_kill_it_goes_on_and_ends_the_same(
     assert (tmp_path / "model.safetensors").read_bytes() == (run[0] / "model.safetensors").read_bytes()
 
 
+def process(rank: int, line: list[str], folder: Path) -> None:
+    """Of one of two processes: what its steps returned, and the losses that its own images gave."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    steps, own = [], []
+    take_step, losses = Runner.take_step, Runner.losses
+
+    def watched(runner: Runner, *arguments: Any) -> dict[str, float]:
+        steps.append(take_step(runner, *arguments))
+        return steps[-1]
+
+    def seen(runner: Runner, *arguments: Any) -> dict[str, Any]:
+        found = losses(runner, *arguments)
+        own.append({name: float(value.mean()) for name, value in found.items()})
+        return found
+
+    Runner.take_step, Runner.losses = watched, seen  # type: ignore[method-assign]
+    cli.run(line)
+    (folder / f"{rank}.json").write_text(json.dumps([steps, own]))
+
+
+@pytest.mark.slow
+def test_the_losses_of_two_processes_are_the_means_of_their_own(data: Path, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(process, (words(data, tmp_path / "out"), tmp_path), nprocs=2)
+    (steps, own), (of_other, others) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert steps == of_other and len(steps) == len(own) == len(others) == 3
+    for step, here, there in zip(steps, own, others, strict=True):
+        assert here != there
+        for name in here:
+            assert step[name] == pytest.approx((here[name] + there[name]) / 2, rel=1e-5)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "curves.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] == pytest.approx(np.mean([step["loss"] for step in steps]), rel=1e-5)
+
+
 def test_a_finished_model_is_tested_without_training(run: tuple[Path, Record], data: Path, tmp_path: Path) -> None:
     line = ["ade20k", str(run[0]), "--data", f"ade20k:{data}", "--workers", "0", "--pictures", "0"]
     again = cli.run([*line, "--out", str(tmp_path / "again")])

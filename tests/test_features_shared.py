@@ -13,7 +13,8 @@ from test_features import TRANSFORM, Drawn, alive, decoded, encoder, flip, how
 
 from downstream import features
 from downstream.features import extract
-from mte_bench.device import Place
+from mte_bench import cli
+from mte_bench.device import Place, refuse_shared
 from mte_bench.errors import CorruptImage
 
 KINDS = ["global", "patch-mean"]
@@ -162,3 +163,15 @@ def test_the_place_that_torchrun_gives(monkeypatch):
         monkeypatch.setenv(name, value)
     assert Place.of_this_process() == (5, 8, 1, 4)
     assert Place.of_this_process().own(torch.device("cpu")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "linear", "knn", "run"])
+def test_a_single_gpu_for_several_processes_is_refused(verb, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    first = {"pretrain": "dino_tiny_scenes", "run": "scenes-random"}.get(verb, "random:vit_tiny_patch16_224?image_size=32")
+    assert cli.main([verb, first, "--data", "scenes", "--out", str(tmp_path / "out"), "--device", "cuda:0"]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: --device cuda:0: one GPU for 2 processes; leave --device at cuda, and each takes its own\n"
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    refuse_shared("cuda:0")

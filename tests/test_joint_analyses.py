@@ -9,7 +9,10 @@ import pytest
 from made_up import CIFAR, build_runs, evaluation, pretraining, recipe, subject
 from mte_bench.errors import UserError
 from mte_bench.records import read_record
+from mte_bench.training.live import Curves
+from reports.collect import Unusable, collect
 from reports.convergence import convergence, crossing
+from reports.curves import curve_lines
 from reports.report import write_report
 from reports.token_counts import token_counts
 
@@ -53,6 +56,26 @@ def test_seconds_in_the_curves_are_taken_and_a_line_that_falls_short_is_said_to(
     assert lines[1]["reaches_plain"]["epoch_seconds"] is None
     said = capsys.readouterr().out
     assert "never" in said and "0 of 1 runs" in said and "measured" in said and "15 min 00 s" in said
+
+
+def test_what_was_not_finite_is_null_in_curves_and_no_reader_minds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A gradient that overflows float16 is skipped by its scaler and has an infinite norm; JSON knows none."""
+    build_runs(tmp_path / "runs", seeds=(0,))
+    folder = tmp_path / "runs" / "mte-0"
+    curves = Curves(folder, 300)
+    for norm in (1.0, float("inf")):
+        curves.add({"loss": 2.5, "grad_norm": norm})
+    curves.write(302, 30.2, 9.0)
+    curves.close()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    lines = [json.loads(line, parse_constant=refuse) for line in (folder / "curves.jsonl").read_text().splitlines()]
+    assert lines[-1] == {"step": 302, "epoch": 30.2, "seconds": 9.0, "loss": 2.5, "grad_norm": None}
+    unusable: list[Unusable] = []
+    read = list(curve_lines(collect([str(folder)]).of("pretrain")[0], unusable))
+    assert len(read) == len(lines) and read[-1] == {"step": 302, "epoch": 30.2, "seconds": 9.0, "loss": 2.5} and not unusable
 
 
 def test_a_crossing_lies_on_the_line_between_two_looks() -> None:

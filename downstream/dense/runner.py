@@ -120,7 +120,7 @@ class Runner(Loop[Batch]):
         for group in self.optimiser.param_groups:
             group["lr"] = lr * group["factor"]
         self.model.train()
-        sums: dict[str, float] = {}
+        sums: dict[str, torch.Tensor] = {}
         for micro in range(protocol.accumulate):
             batch = next(batches)
             self.corrupt.update(batch.corrupt)
@@ -132,10 +132,11 @@ class Runner(Loop[Batch]):
                 loss, values = self.model.parse_losses(losses)
                 self.scaler.scale(loss / protocol.accumulate).backward()
             for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) / protocol.accumulate
-        self.refuse_non_finite(sums["loss"], "a lower optimiser.lr")
+                sums[name] = sums.get(name, 0) + value.detach().float() / protocol.accumulate
+        means = self.means(sums)
+        self.refuse_non_finite(means["loss"], "a lower optimiser.lr")
         self.update_weights()
-        return {**sums, "lr": lr}
+        return {**means, "lr": lr}
 
     def losses(self, model: Any, batch: Batch) -> dict[str, Any]:
         """The named losses of ``model`` (``self.model`` or a wrapper of it) on ``batch``."""

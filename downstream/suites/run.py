@@ -9,7 +9,7 @@ from downstream.evaluate import slug
 from downstream.suites.cells import cells_of, load_suite
 from downstream.suites.show import show_dry_run, show_results
 from downstream.suites.work import work
-from mte_bench.device import Place
+from mte_bench.device import Place, refuse_shared
 from mte_bench.errors import UserError
 
 
@@ -29,6 +29,7 @@ def run_suite(
     Under ``torchrun`` the processes take cells side by side; the first waits for the others and shows the table, and it
     alone reports failures, since the launcher ends all processes when one does.
     """
+    refuse_shared(options.get("device", "auto"))
     loaded = load_suite(suite, checkpoints or (), data)
     folder = Path(out or Path("runs") / (slug(Path(suite).stem) + ("-smoke" if options.get("smoke") else "")))
     share = Place.of_this_process()

@@ -212,7 +212,7 @@ class Tuner(Loop[Batch]):
                     loss = self.loss(model(images, keep).float(), targets)
                 self.scaler.scale(loss / protocol.accumulate).backward()
             total += loss.detach() / protocol.accumulate
-        value = float(distributed.summed(total, self.how.device)) / self.processes
+        value = self.means({"loss": total})["loss"]
         self.refuse_non_finite(value, "a lower lr")
         self.update_weights()
         if self.ema is not None:

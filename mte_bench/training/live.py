@@ -1,6 +1,7 @@
 """What a run shows and keeps while it goes: a live line on stderr, ``curves.jsonl`` and TensorBoard."""
 
 import json
+import math
 import sys
 import time
 from collections import defaultdict
@@ -16,6 +17,8 @@ CURVES = "curves.jsonl"
 
 class Curves:
     """Appends JSON lines (and TensorBoard scalars) of means over the steps since the last line.
+
+    A mean that is not finite, such as of gradient norms where float16 overflowed, is null in the JSON, which has no such numbers.
 
     Going on after a stop drops the lines that lie beyond the state that was saved.
     """
@@ -48,7 +51,7 @@ class Curves:
 
     def line(self, values: dict[str, Any]) -> None:
         """Write one line as it is."""
-        self.file.write(json.dumps({key: _short(value) for key, value in values.items()}) + "\n")
+        self.file.write(json.dumps({key: _short(value) for key, value in values.items()}, allow_nan=False) + "\n")
         self.file.flush()
         for key, value in values.items():
             if key not in ("step", "epoch", "seconds"):
@@ -68,7 +71,9 @@ def _step(line: str) -> int:
 
 
 def _short(value: Any) -> Any:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 class LiveLine:

@@ -232,6 +232,11 @@ class Loop(ABC, Generic[B]):
         """Around the ``micro``-th forward and backward pass of a step: gradients travel with the last one only."""
         return nullcontext() if self.processes == 1 or micro == self.accumulate - 1 else model.no_sync()
 
+    def means(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
+        """A step's ``values``, the same ones in all processes, as curves show them: each the mean over the processes."""
+        means = distributed.mean(torch.stack([own.float() for own in values.values()]))
+        return dict(zip(values, means.tolist(), strict=True))
+
     def refuse_non_finite(self, loss: float, mend: str, findings: Callable[[], str] = str) -> None:
         """Raise ``UserError``, with ``findings``, unless ``loss`` is finite: before the step touches weights or state."""
         if not math.isfinite(loss):

@@ -106,14 +106,6 @@ class Method(nn.Module):
         return ()
 
 
-def mean_over_processes(values: Tensor) -> Tensor:
-    """Average ``values`` over all processes, in place."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(values)
-        values /= torch.distributed.get_world_size()
-    return values
-
-
 def mean_over_rows(values: Tensor) -> Tensor:
     """``1 k``: the mean of ``values`` (``... k``) over all but the last dimension, in at least float32."""
     precision = torch.promote_types(values.dtype, torch.float32)

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from mte_bench import distributed
 from mte_bench.encoders.heads import Prototypes, StackedMLP
 from mte_bench.training.schedules import teacher_temperature
-from pretrain.methods.base import Method, full, mean_over_processes, mean_over_rows
+from pretrain.methods.base import Method, full, mean_over_rows
 
 
 class DINO(Method):
@@ -91,4 +92,4 @@ class DINO(Method):
 def move_centre(centre: Tensor, scores: list[Tensor], momentum: float) -> None:
     """Move ``centre`` (``1 k``) towards the mean of ``scores`` (each ``... k``), equal micro-batches, over all processes."""
     mean = torch.stack([mean_over_rows(part) for part in scores]).mean(0)
-    centre.lerp_(mean_over_processes(mean), 1 - momentum)
+    centre.lerp_(distributed.mean(mean), 1 - momentum)
