@@ -20,7 +20,7 @@ def cost_table(collection: Collection) -> Table | None:
     for record in runs:
         if not record.subject.mte:
             plain.setdefault(_setting(record, collection), record)
-    rows = [_cost(record, plain.get(_setting(record, collection)), collection) for record in runs]
+    rows = [_cost(record, plain.get(_setting(record, collection))) for record in runs]
     ratios = [f"{what}\n+MTE ÷ plain" for what in ("Time", "Images/s", "Memory")]
     columns = ("Method", "Architecture", "Data", "Device", "Epochs", "Seed", "Time", "Images/s", "Peak memory", *ratios)
     return Table(columns, tuple(rows), "llllrrrrrrrr") if rows else None
@@ -33,7 +33,7 @@ def _setting(record: Record, collection: Collection) -> tuple[object, ...]:
     return (recipe, record.subject.seed, record.data.fingerprint, *map(str, how))
 
 
-def _cost(record: Record, plain: Record | None, collection: Collection) -> tuple[str, ...]:
+def _cost(record: Record, plain: Record | None) -> tuple[str, ...]:
     subject, cost = record.subject, record.cost
     ratios = ["", "", ""]
     if subject.mte:
