@@ -93,7 +93,10 @@ def monitored(entry: Entry, metric: str, collection: Collection) -> Monitored:
 
 
 def crossing(points: Points, target: float) -> tuple[float, float] | None:
-    """Epoch and seconds at which ``points`` (``n 3``) first reach ``target``, on the straight line from the look before."""
+    """Epoch and seconds at which ``points`` (``n 3``) first reach ``target``, on the straight line from the look before.
+
+    None if they never do.
+    """
     at_least = np.flatnonzero(points[:, 2] >= target)
     if not len(at_least):
         return None

@@ -87,7 +87,7 @@ def interval_of(drawn: Floats, value: float) -> tuple[float, float] | None:
 
 
 def percent_interval(drawn: Floats, value: float) -> tuple[float, float] | None:
-    """``interval_of`` what cannot be below 0 or above 100."""
+    """``interval_of`` what cannot be below 0 or above 100; None where it is."""
     ends = interval_of(drawn, value)
     return ends and (max(0.0, ends[0]), min(100.0, ends[1]))
 
