@@ -83,7 +83,7 @@ class Cell(Settings):
         return f"{task} on {title}{subset}: {self.encoder}{origin}, {self.architecture}{epochs}{seed}"
 
     def bits(self) -> NDArray[np.bool_] | None:
-        """``n``: who was right, in the order of the images' names, None where it is not kept; ``ValueError`` if it is not that."""
+        """``n``: who was right, in the order of the images' names; None where not kept. Raises ``ValueError`` if not that."""
         if self.right is None:
             return None
         packed = np.frombuffer(base64.b64decode(self.right, validate=True), np.uint8)
@@ -93,7 +93,7 @@ class Cell(Settings):
         return found
 
     def draws(self) -> Floats | None:
-        """``b``: the metric on each resample, None where it is not kept; raises ``ValueError`` if ``drawn`` is not that."""
+        """``b``: the metric on each resample; None where not kept. Raises ``ValueError`` if not that."""
         if self.drawn is None:
             return None
         packed = base64.b64decode(self.drawn, validate=True)

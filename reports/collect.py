@@ -90,7 +90,7 @@ class Collection:
         return {(record.subject.recipe_hash, data_key(record.data.source)): record for record in pretrained}
 
     def pretraining(self, subject: Subject) -> Record | None:
-        """The record of a run by the recipe and on the data that ``subject`` was pre-trained with, by any seed; None if not here."""
+        """The record of a run by the recipe and on the data that ``subject`` was pre-trained with, by any seed, or None."""
         if subject.recipe_hash is None or subject.pretrain_data is None:
             return None
         return self._pretrainings.get((subject.recipe_hash, data_key(subject.pretrain_data)))
@@ -305,7 +305,7 @@ NOT_OF_THE_METHOD = ("mte", "description", "paper_row", "knn_every", "snapshot_e
 
 
 def plain_hash(recipe: Mapping[str, Any]) -> str | None:
-    """A hash of the recipe without ``NOT_OF_THE_METHOD``, equal for a method and the same method with MTE; None for an empty one."""
+    """A hash of the recipe without ``NOT_OF_THE_METHOD``, equal for a method and the same method with MTE; None for none."""
     if not recipe:
         return None
     return hash_of({key: value for key, value in recipe.items() if key not in NOT_OF_THE_METHOD})
