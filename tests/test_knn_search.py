@@ -209,7 +209,7 @@ print(most[0])
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_ten_times_the_bank_takes_the_same_memory(tmp_path):
-    n, width = 200_000, 384
+    n, width = 700_000, 384  # a tenth of it already fills the largest block that a search reads at once
     bank = np.lib.format.open_memmap(tmp_path / "bank.npy", "w+", np.float16, (n, width))
     generator = np.random.default_rng(0)
     for start in range(0, n, 10_000):
