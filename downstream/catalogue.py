@@ -14,8 +14,8 @@ def tasks() -> list[dict[str, Any]]:
     from downstream.analysis.commands import analyze
 
     analyses = [command.callback for command in analyze.registered_commands if command.callback]
-    own = (commands.knn, commands.linear, commands.finetune, commands.inat, commands.retrieval, commands.ade20k, commands.coco)
-    offered = [*(("", function) for function in own), *(("analyze ", function) for function in analyses)]
+    own = ("knn", "linear", "classify", "finetune", "inat", "retrieval", "ade20k", "coco")
+    offered = [*(("", getattr(commands, name)) for name in own), *(("analyze ", function) for function in analyses)]
     named = [(group, function.__name__.replace("_", "-"), function) for group, function in offered]
     return [
         {"name": name, "command": f"mte-bench {group}{name}", "about": _first_line(function.__doc__)}

@@ -108,6 +108,30 @@ def retrieval(
     return _evaluate(RETRIEVAL, **options)
 
 
+def classify(
+    checkpoint: Checkpoint,
+    data: Source,
+    out: Out = None,
+    protocol: Annotated[str, typer.Option(help="Name of a protocol (mte-bench list protocols) or a YAML file.")] = "classify",
+    set_: Set = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    allow_corrupt: AllowCorrupt = 0,
+    allow_partial: AllowPartial = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+) -> Any:
+    """Accuracy of the classifier that a checkpoint brings: a supervised or fine-tuned run, or weights with a head."""
+    options = dict(locals())
+    from downstream.classify import classify
+    from downstream.evaluate import Request
+
+    return classify(Request(set=tuple(options.pop("set_") or ()), **options))
+
+
 def run(
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="A YAML file, or a name (mte-bench list suites).")],
     checkpoints: Annotated[list[str] | None, typer.Argument(metavar="CKPT", help="In place of the suite's own.")] = None,

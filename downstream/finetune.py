@@ -37,7 +37,7 @@ from mte_bench import distributed, records
 from mte_bench.console import log
 from mte_bench.data.sources import SPLITS, ImageSet, Subset, parse_source
 from mte_bench.device import peak_memory
-from mte_bench.encoders.checkpoint import ENCODER_NAME
+from mte_bench.encoders.checkpoint import CLASSIFIER_NAME, ENCODER_NAME
 from mte_bench.errors import UserError
 from mte_bench.files import hash_of
 from mte_bench.records import Metric, Record, make_record
@@ -194,7 +194,7 @@ def prepare(
                 peak_memory_bytes=peak_memory(how.device),
             ),
             predictions=records.PREDICTIONS_NAME,
-            files={"curves": CURVES, "encoder": ENCODER_NAME, "classifier": "classifier.safetensors", **measured.files},
+            files={"curves": CURVES, "encoder": ENCODER_NAME, "classifier": CLASSIFIER_NAME, **measured.files},
             details={
                 **tuned.summary,
                 "precision": precision,

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from mte_bench.encoders.encoder import Init
+from mte_bench.encoders.heads import FusionKind
 from mte_bench.encoders.token_learner import TokenLearnerSettings
 from mte_bench.encoders.tokens import AuxiliarySettings
 from mte_bench.errors import UserError, did_you_mean
@@ -111,7 +112,7 @@ class MTE(AuxiliarySettings):
 
     heads: Literal["independent", "shared"] = "independent"
     """One projection head per auxiliary token, or one for all (Table 2: independent is better)."""
-    fusion: Literal["mean", "sum", "normalised-mean", "concat"] = "mean"
+    fusion: FusionKind = "mean"
     """How projections become one vector. The mean equals the sum once the method normalises it;
     ``normalised-mean`` first gives each projection unit length, ``concat`` is followed by a linear layer."""
     fuse_global: bool = False

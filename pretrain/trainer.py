@@ -21,12 +21,13 @@ from mte_bench.data.transforms import normalise
 from mte_bench.device import autocast, peak_memory
 from mte_bench.encoders.checkpoint import (
     AUXILIARY_NAME,
+    CLASSIFIER_NAME,
     ENCODER_NAME,
     open_checkpoint,
     save_auxiliary,
-    save_classifier,
     save_encoder,
 )
+from mte_bench.encoders.classifier import save_classifier
 from mte_bench.encoders.snapshots import snapshot_folder
 from mte_bench.errors import UserError
 from mte_bench.files import write_text
@@ -289,7 +290,7 @@ class Trainer(Loop[Batch]):
             "data_fingerprint": self.images.fingerprint,
         }
         if self.method.labelled:
-            save_classifier(folder / "classifier.safetensors", branch.head, self.images.classes, metadata)
+            save_classifier(folder / CLASSIFIER_NAME, branch.head, self.images.classes, metadata)
         if branch.auxiliary is not None:
             self._lend_statistics(branch)
             heads = {"global": branch.head, "tail": branch.tail, "fusion": branch.fusion}
@@ -297,7 +298,11 @@ class Trainer(Loop[Batch]):
                 heads["auxiliary"] = branch.heads
             if branch.fused_tails:
                 heads["fused_tails"] = branch.fused_tails
-            save_auxiliary(folder / AUXILIARY_NAME, branch.auxiliary, heads, metadata)
+            assert recipe.mte is not None
+            # where every token has a tail of its own, what comes out of these is averaged
+            fusion = "mean" if len(branch.fused_tails) > 1 else recipe.mte.fusion
+            stated = {**metadata, "fusion": fusion, "fuse_global": recipe.mte.fuse_global}
+            save_auxiliary(folder / AUXILIARY_NAME, branch.auxiliary, heads, stated)
         save_encoder(folder / ENCODER_NAME, branch.encoder, metadata)
 
     def _lend_statistics(self, branch: mte.Branch) -> None:

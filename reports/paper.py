@@ -34,7 +34,7 @@ def printed(record: Record, metric: str, pretraining: Record | None) -> float | 
         for row in table["rows"]:
             meant = column.get("architecture") in (None, _read(row, "architecture"))
             meant = meant and row.get("image_size_inferred") == column.get("image_size")
-            if meant and _same_row(row, record, pretraining):
+            if meant and _same_row({**column.get("unprinted", {}), **row}, record, pretraining):
                 return row[column["column"]]
     return None
 
@@ -56,10 +56,13 @@ def printed_in(ablation: Values, row: int, record: Record, metric: str, pretrain
 
 
 def same_data(name: str, data: Data) -> bool:
-    """Whether ``data`` is the whole of the paper's set ``name``, by its numbers of classes and images."""
+    """Whether ``data`` is the whole of the paper's set ``name``, by its numbers of classes and images.
+
+    What trains nothing has no images to train on; it must have those of val.
+    """
     known = paper()["comparable"]["data"][name]
-    counts = (data.classes, data.images.get("train"), data.images.get("val"))
-    return data.subset is None and counts == (known["classes"], known["train"], known["val"])
+    same = data.classes == known["classes"] and "val" in data.images
+    return data.subset is None and same and all(known.get(split) == count for split, count in data.images.items())
 
 
 def _columns(record: Record, metric: str, pretraining: Record) -> Iterator[tuple[Values, Values]]:
@@ -108,7 +111,7 @@ def _same_row(row: Values, record: Record, pretraining: Record) -> bool:
     architecture = paper()["comparable"]["architectures"].get(method, {}).get(architecture, architecture)
     return (
         method_key(row["method"]) == method
-        and row["method"].endswith("+MTE") == subject.mte
+        and row.get("with_mte", row["method"].endswith("+MTE")) == subject.mte
         and row.get("models", 1) == max(1, len(record.subject.parts))
         and (architecture, epochs) == (architecture_title(subject), subject.epochs)
     )

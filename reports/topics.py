@@ -9,6 +9,7 @@ HEADLINES = {
     "linear": ("top1", "linear"),
     "retrieval": ("recall_1", "retrieval"),
     "finetune": ("top1", "fine-tuned"),
+    "classify": ("top1", "own classifier"),
     "inat": ("top1", "fine-tuned on iNaturalist"),
     "coco": ("bbox_mAP", "box mAP"),
     "ade20k": ("mIoU", "mIoU"),
@@ -18,6 +19,7 @@ metrics, it is the first one."""
 
 FURTHER = {
     "linear": {"top1_best_on_val": "linear, best on val"},
+    "classify": {"top1_fused": "fused classifiers"},
     "inat": {"top1_mean_over_classes": "mean over classes"},
     "coco": {"segm_mAP": "mask mAP"},
 }
@@ -39,6 +41,7 @@ class Topic(NamedTuple):
 TOPICS = (
     Topic("k-NN, linear probing and retrieval", ("knn", "linear", "retrieval"), "Tables 5 and 6", ("imagenet", "imagenet300")),
     Topic("Fine-tuning", ("finetune",), "Table 7", ("imagenet",)),
+    Topic("Supervised classification", ("classify",), "Tables 8 and 14", ("imagenet",)),
     Topic("Fine-tuning on iNaturalist", ("inat",), "Table 9", ("inat18", "inat19")),
     Topic("Detection and instance segmentation", ("coco",), "Table 10", ("coco",)),
     Topic("Semantic segmentation", ("ade20k",), "Table 11", ("ade20k",)),

@@ -10,27 +10,20 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from downstream.tuning.protocol import FinetuneProtocol
-from mte_bench.encoders.encoder import Encoder, EncoderSpec, build_encoder
+from mte_bench.encoders.classifier import ImageClassifier
+from mte_bench.encoders.encoder import EncoderSpec, build_encoder
 from mte_bench.training.seeded import seeded
 
 MODEL = "encoder.model."
 """Before timm's own name of a parameter."""
 
 
-class Classifier(nn.Module):
-    """Images to the scores of ``classes``, from the weights (``state``) of the timm model in an encoder of ``spec``.
-
-    ``encoder.model``, ``fc_norm`` and ``head`` are named as in timm's model of this architecture with ``num_classes`` (and,
-    for the mean of patches, ``global_pool="avg"``).
-    """
+class Classifier(ImageClassifier):
+    """A fresh classifier of ``classes`` on the weights (``state``) of the timm model in an encoder of ``spec``."""
 
     def __init__(self, spec: EncoderSpec, state: dict[str, Tensor], classes: int, protocol: FinetuneProtocol):
-        super().__init__()
-        self.encoder: Encoder = build_encoder(spec, protocol.drop_path)
+        super().__init__(build_encoder(spec, protocol.drop_path), classes, protocol.pool)
         self.encoder.model.load_state_dict(state)
-        self.pool = protocol.pool
-        self.fc_norm = nn.LayerNorm(self.encoder.width, eps=1e-6) if self.pool == "mean" else nn.Identity()
-        self.head = nn.Linear(self.encoder.width, classes)
         with seeded(protocol.seed):
             nn.init.trunc_normal_(self.head.weight, std=protocol.head_std)
         nn.init.zeros_(self.head.bias)
@@ -40,9 +33,7 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor, drop_path: Tensor | None = None) -> Tensor:
         """``b c h w`` to ``b classes``, with the draws of stochastic depth (``paths b``) if there are any."""
         self.encoder.use_drop_path(drop_path)
-        tokens = self.encoder(images)
-        pooled = tokens.global_token if self.pool == "token" else tokens.raw_patches.mean(1)
-        return self.head(self.fc_norm(pooled))
+        return super().forward(images)
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Which layer a parameter belongs to, as timm's layer decay asks for it: 0 is what comes before the blocks, then

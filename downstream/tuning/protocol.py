@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from downstream.task import ImageProtocol
+from mte_bench.encoders.classifier import Pool
 from mte_bench.encoders.encoder import EncoderSpec
 from mte_bench.training.schedules import cosine, warmup_cosine
 from mte_bench.training.seeded import seeded
@@ -21,9 +22,8 @@ class FinetuneProtocol(ImageProtocol):
 
     interpolation: Literal["bicubic", "bilinear"]
     """With which evaluation resizes."""
-    pool: Literal["token", "mean"]
-    """What is classified: the global token after the final norm, or the mean of the patch tokens before it, under a
-    norm of its own (MAE)."""
+    pool: Pool
+    """What is classified."""
     head_std: float = Field(gt=0)
     """Of the truncated normal distribution from which the classifier's weights are drawn; its biases are 0."""
     epochs: int = Field(gt=0)

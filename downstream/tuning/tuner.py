@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import yaml
 from numpy.typing import NDArray
 from timm.loss import SoftTargetCrossEntropy
@@ -19,16 +18,18 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from downstream.features import Pass, decoded_batches
+from downstream.features import Pass
+from downstream.ranking import ranked_classes
 from downstream.task import TOP
 from downstream.tuning.classifier import Classifier, build_optimiser, set_rate
 from downstream.tuning.protocol import Augmentation, FinetuneProtocol, learning_rate
 from mte_bench import distributed
 from mte_bench.console import log
-from mte_bench.data.sources import ImageSet, Subset
+from mte_bench.data.sources import ImageSet
 from mte_bench.data.transforms import EvaluationTransform
 from mte_bench.device import autocast
-from mte_bench.encoders.checkpoint import Checkpoint, save_classifier, save_encoder
+from mte_bench.encoders.checkpoint import CLASSIFIER_NAME, ENCODER_NAME, Checkpoint, save_encoder
+from mte_bench.encoders.classifier import save_classifier
 from mte_bench.errors import UserError
 from mte_bench.files import write_text
 from mte_bench.training.batches import Key, StepSampler, load_batches, readable
@@ -257,34 +258,17 @@ class Tuner(Loop[Batch]):
 
     def _classified(self, model: nn.Module) -> Evaluated:
         """``model`` on val, whose images are spread over the processes."""
-        own = np.arange(self.rank, len(self.val), self.processes)
-        ranked = np.full((len(own), min(TOP, len(self.images.classes))), -1)
-        model.eval()
-        place = 0
-        with torch.inference_mode(), autocast(self.how.device, self.how.precision):
-            for batch, lost, _ in decoded_batches(Subset(self.val, own, ""), self.transform, self.how):
-                scores = model(batch.to(self.how.device, non_blocking=True)).float()
-                ranked[place : place + len(batch)] = scores.topk(ranked.shape[1], dim=1).indices.cpu().numpy()
-                ranked[lost] = -1
-                place += len(batch)
-        everyone = [ranked]
-        if self.processes > 1:
-            everyone = [ranked] * self.processes
-            dist.all_gather_object(everyone, ranked)
-        found = np.empty((len(self.val), ranked.shape[1]), np.int64)
-        for rank, part in enumerate(everyone):
-            found[rank :: self.processes] = part
+        top = min(TOP, len(self.images.classes))
+        found = ranked_classes(model, self.val, self.transform, self.how, top, (self.rank, self.processes))
         kept = found[:, 0] >= 0
-        if not kept.any():
-            raise UserError(f"{self.val.source}: not one of the {len(self.val)} val images can be read")
         return Evaluated(round(self.epoch), found, 100 * float((found[kept, 0] == self.val.labels[kept]).mean()))
 
     def _export(self, model: Any) -> None:
         """The fine-tuned encoder and classifier, as they are evaluated."""
         metadata = {**self.metadata, "epoch": round(self.epoch), "epochs": self.protocol.epochs}
-        save_encoder(self.out / "encoder.safetensors", model.encoder, metadata)
+        save_encoder(self.out / ENCODER_NAME, model.encoder, metadata)
         norm = model.fc_norm if self.protocol.pool == "mean" else None
-        save_classifier(self.out / "classifier.safetensors", model.head, self.images.classes, metadata, norm)
+        save_classifier(self.out / CLASSIFIER_NAME, model.head, self.images.classes, metadata, norm)
 
 
 def _stored(found: Evaluated | None) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ Each may end in ``?option=value&...``: settings of ``EncoderSpec`` (``image_size
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
 from mte_bench.encoders.encoder import Encoder, EncoderSpec, build_encoder, fresh_encoder
-from mte_bench.encoders.families import METHODS, Found, first_few, read_foreign
+from mte_bench.encoders.families import METHODS, Found, classifier_of, first_few, read_foreign
 from mte_bench.encoders.heads import Prototypes, StackedMLP
 from mte_bench.encoders.positions import resized_positions
 from mte_bench.encoders.tokens import AuxiliarySettings, AuxiliaryTokens, MultiToken, TokenHeads
@@ -35,9 +35,9 @@ from mte_bench.records import Subject
 
 ENCODER_NAME = "encoder.safetensors"
 AUXILIARY_NAME = "auxiliary.safetensors"
+CLASSIFIER_NAME = "classifier.safetensors"
 ENCODER_FORMAT = "mte-bench-encoder/1"
 AUXILIARY_FORMAT = "mte-bench-auxiliary/1"
-CLASSIFIER_FORMAT = "mte-bench-classifier/1"
 
 
 @dataclass
@@ -57,6 +57,10 @@ class Checkpoint:
     metadata: dict[str, Any] = field(default_factory=dict)
     auxiliary: Path | None = None
     """The file with the auxiliary tokens of the pre-training, if there is one."""
+    classifier: Path | None = None
+    """The file with the classifier of a supervised or fine-tuned run, if there is one."""
+    head: Callable[[], dict[str, Tensor]] = dict
+    """The classifier that another project's weights hold (``families.CLASSIFIER``); read when it is asked for."""
 
     @property
     def family(self) -> str:
@@ -72,7 +76,7 @@ class Checkpoint:
         """The encoder with the auxiliary tokens that it was pre-trained with; None if there were none."""
         if self.auxiliary is None:
             return None
-        tensors, metadata = self._read_auxiliary(self.auxiliary)
+        tensors, metadata = self.read_beside(self.auxiliary, AUXILIARY_FORMAT)
         settings = AuxiliarySettings.check(json.loads(metadata["settings"]), str(self.auxiliary))
         tokens = AuxiliaryTokens(self.encoder, settings)
         own = {name.removeprefix("tokens."): tensor for name, tensor in tensors.items() if name.startswith("tokens.")}
@@ -90,7 +94,7 @@ class Checkpoint:
         """
         if self.auxiliary is None:
             return None
-        tensors, _ = self._read_auxiliary(self.auxiliary)
+        tensors, _ = self.read_beside(self.auxiliary, AUXILIARY_FORMAT)
 
         def of(part: str) -> dict[str, Tensor]:
             start = f"heads.{part}."
@@ -109,10 +113,11 @@ class Checkpoint:
         except (RuntimeError, KeyError) as error:
             raise UserError(f"{self.auxiliary}: its heads are not as this version writes them; pre-train again") from error
 
-    def _read_auxiliary(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def read_beside(self, path: Path, file_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata of a file beside the encoder's; ``UserError`` if it is of another format, or of another run."""
         tensors, metadata = read_safetensors(path)
-        if metadata.get("format") != AUXILIARY_FORMAT:
-            raise UserError(f"{path}: format {metadata.get('format')}, this version reads {AUXILIARY_FORMAT}")
+        if metadata.get("format") != file_format:
+            raise UserError(f"{path}: format {metadata.get('format')}, this version reads {file_format}")
         for key in ("recipe_hash", "seed", "epoch"):
             if metadata.get(key) != self.metadata.get(key):
                 raise UserError(f"{path}: is of another {key} than the encoder beside it; let `pretrain` finish")
@@ -157,19 +162,6 @@ def save_auxiliary(
         tensors |= {f"heads.{head}.{name}": tensor for name, tensor in module.state_dict().items()}
     settings = auxiliary.settings.model_dump(mode="json", include=set(AuxiliarySettings.model_fields))
     write_safetensors(path, tensors, {**metadata, "format": AUXILIARY_FORMAT, "settings": settings})
-
-
-def save_classifier(
-    path: str | Path, head: nn.Module, classes: Sequence[str], metadata: Mapping[str, Any], norm: nn.Module | None = None
-) -> None:
-    """Write the classifier ``head`` (Linear, or a ``StackedLinear`` of one copy) as ``head.weight`` and ``head.bias``, and the
-    ``norm`` before it, if it has one of its own, as ``fc_norm.*``.
-
-    These are the names that a timm model with ``num_classes`` has beside the encoder's. The classes stand in the header.
-    """
-    tensors = {f"head.{name}": tensor.squeeze(0) for name, tensor in head.state_dict().items()}
-    tensors |= {f"fc_norm.{name}": tensor for name, tensor in (norm.state_dict().items() if norm else ())}
-    write_safetensors(path, tensors, {**metadata, "format": CLASSIFIER_FORMAT, "classes": list(classes)})
 
 
 def weights_hash(encoder: Encoder) -> str:
@@ -251,7 +243,12 @@ def _open_timm(text: str, name: str, options: dict[str, Any]) -> Checkpoint:
             f"{text}: the weights could not be had ({reason}); connect to the network once, or fetch the file and give its path"
         ) from error
     encoder.spec = spec.model_copy(update={"arch": name.partition(".")[0]})
-    return Checkpoint(encoder.eval(), _subject(text, "timm", encoder, {}), matched=list(encoder.model.state_dict()))
+    return Checkpoint(
+        encoder.eval(),
+        _subject(text, "timm", encoder, {}),
+        matched=list(encoder.model.state_dict()),
+        head=lambda: classifier_of(timm.create_model(name, pretrained=True).state_dict()),
+    )
 
 
 def _open_file(
@@ -262,10 +259,10 @@ def _open_file(
     if header.get("format", "").startswith("mte-bench"):
         if part is not None:
             raise UserError(f"{text}: {file.name} holds one encoder and no part '{part}'")
-        found = Found(header.get("family", "mte-bench"), dict(content), [], _spec_of(header, file), header)
+        found = Found(header.get("family", "mte-bench"), dict(content), [], {}, _spec_of(header, file), header)
     else:
         found = read_foreign(content, text, part, options.get("num_heads"), options.get("image_size"))
-    family, weights, dropped, spec, metadata = found
+    family, weights, dropped, head, spec, metadata = found
     encoder = fresh_encoder(_with(spec, options if image_size is None else {**options, "image_size": image_size}, text))
     fitted, unfit = _fit(encoder, weights, spec)
     missing = [name for name in encoder.model.state_dict() if name not in fitted]
@@ -275,7 +272,7 @@ def _open_file(
             "if that is meant, add --allow-partial"
         )
     encoder.model.load_state_dict(fitted, strict=False)
-    auxiliary = file.with_name(AUXILIARY_NAME)
+    auxiliary, classifier = (file.with_name(name) for name in (AUXILIARY_NAME, CLASSIFIER_NAME))
     return Checkpoint(
         encoder=encoder.eval(),
         subject=_subject(text, family, encoder, metadata),
@@ -285,6 +282,8 @@ def _open_file(
         missing=missing,
         metadata=metadata,
         auxiliary=auxiliary if file.name == ENCODER_NAME and auxiliary.exists() else None,
+        classifier=classifier if file.name == ENCODER_NAME and classifier.exists() else None,
+        head=lambda: head,
     )
 
 

@@ -91,6 +91,8 @@ class Tokens(NamedTuple):
     """(global ``b c``, patches ``b n c``) after each block that was asked for, before the final norm."""
     attention: Tensor | None = None
     """``b heads n``: attention of the CLS query over the patches in the last block."""
+    prefix: Tensor | None = None
+    """``b p c``: of a ViT, what stands before the patches after the final norm: CLS, a distillation token, registers."""
 
 
 class SharedDropPath(nn.Module):
@@ -269,6 +271,7 @@ class Encoder(nn.Module):
             auxiliary=aux,
             blocks=tuple(kept[index] for index in wanted),
             attention=cls_attention,
+            prefix=normed[:, :prefix],
         )
 
     def _swin(self, images: Tensor, wanted: list[int], masks: Tensor | None, mask_token: Tensor | None) -> Tokens:

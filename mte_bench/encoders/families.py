@@ -44,6 +44,8 @@ _NOT_ENCODER = re.compile(
     r"|(mask_token|masked_embed|decoder_pos_embed)$"
     r"|.*\.(relative_position_index|attn_mask)$"  # buffers that timm computes
 )
+CLASSIFIER = re.compile(r"(head|head\.fc|head_dist)\.(weight|bias)")
+"""Names of linear classifiers: timm's of ViTs and the original Swins, timm's of Swins, and the second one of distilled DeiTs."""
 _VITS: dict[tuple[int, int], tuple[str, int]] = {  # (width, depth): name, heads
     (192, 12): ("tiny", 3),
     (384, 12): ("small", 6),
@@ -67,6 +69,8 @@ class Found(NamedTuple):
     weights: Weights
     dropped: list[str]
     """Names in the file of what belongs to the training and not to the encoder."""
+    head: Weights
+    """Those of a linear classifier (``CLASSIFIER``) among them."""
     spec: EncoderSpec
     metadata: dict[str, Any]
 
@@ -96,7 +100,7 @@ def read_foreign(
     else:
         spec = _vit_spec(weights, where, 12 if family == "mocov3" else heads, family, image_size)
     epoch = content.get("epoch")
-    return Found(family, weights, dropped, spec, {"epoch": epoch} if isinstance(epoch, int) else {})
+    return Found(family, weights, dropped, classifier_of(inner), spec, {"epoch": epoch} if isinstance(epoch, int) else {})
 
 
 def _state_dict(content: Mapping[str, Any], where: str, part: str | None) -> tuple[Weights, str | None]:
@@ -154,6 +158,11 @@ def _sin_cos(position: Tensor | None) -> bool:
         return False
     first = torch.cat([torch.zeros(position.shape[2] // 4), torch.ones(position.shape[2] // 4)]).repeat(2)
     return not position[0, 0].any() and len(first) == position.shape[2] and torch.allclose(position[0, 1].float(), first)
+
+
+def classifier_of(state: Mapping[str, Tensor]) -> Weights:
+    """The tensors of a linear classifier in ``state``; empty if it has none."""
+    return {name: tensor for name, tensor in state.items() if CLASSIFIER.fullmatch(name)}
 
 
 def _timm_names(state: Weights) -> Weights:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+FusionKind = Literal["mean", "sum", "normalised-mean", "concat"]
+
 
 class StackedLinear(nn.Module):
     """``copies`` independent linear layers; ``weight`` is ``copies out in``, ``bias`` ``copies out``."""
@@ -165,7 +167,7 @@ class Prototypes(nn.Module):
 class Fusion(nn.Module):
     """The projections of all auxiliary tokens become one fused vector."""
 
-    def __init__(self, kind: Literal["mean", "sum", "normalised-mean", "concat"], tokens: int, width: int):
+    def __init__(self, kind: FusionKind, tokens: int, width: int):
         super().__init__()
         self.kind = kind
         self.linear = nn.Linear(tokens * width, width) if kind == "concat" else None
