@@ -101,7 +101,9 @@ def _title(sections: Sequence[Section], collection: Collection) -> str:
 def _opening(collection: Collection, sections: Sequence[Section]) -> dict[str, str]:
     """The parts of the sentence that says what was compared."""
     all_records = [entry.record for entry in collection.entries]
-    evaluated = [part.data.record for part in sections]
+    found = [part.data.record for part in sections]
+    trained_on = {_of_val(record) for record in found if "train" in record.data.images}
+    evaluated = [record for record in found if "train" in record.data.images or _of_val(record) not in trained_on]
     seeds = sorted({record.subject.seed for record in all_records if record.subject.seed is not None})
     return {
         "methods": plain_text(_listed(entry.title for entry in collection.entries)),
@@ -112,6 +114,11 @@ def _opening(collection: Collection, sections: Sequence[Section]) -> dict[str, s
         "period": period(all_records),
         "machinery": plain_text(machinery(all_records)),
     }
+
+
+def _of_val(record: Record) -> tuple[str, int | None]:
+    """Equal for the same images to validate on, also where those to train on were not looked at."""
+    return record.data.source, record.data.images.get("val")
 
 
 def _data_title(record: Record) -> str:

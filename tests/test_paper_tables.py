@@ -22,6 +22,7 @@ SETS = {
     "knn": IMAGENET,
     "linear": IMAGENET,
     "finetune": IMAGENET,
+    "classify": {**IMAGENET, "images": {"val": 50000}},
     "coco": {"source": "coco:here", "classes": 80, "images": {"train": 117266, "val": 5000}, "fingerprint": "c0c0" * 4},
     "ade20k": {"source": "ade20k:here", "classes": 150, "images": {"train": 20210, "val": 2000}, "fingerprint": "ade2" * 4},
     "inat": {"source": "inat:here?year=2019", "classes": 1010, "images": {"train": 265213, "val": 3030}, "fingerprint": "19" * 8},
@@ -106,6 +107,64 @@ def test_each_recipe_of_a_table_is_beside_its_own_row(name):
     assert beside(run, "knn", "knn", "top1_k10") == expected["knn_top1"]
     assert beside(run, "linear", "ibot-sweep", "top1_best_on_val") == expected["linear_top1"]
     assert beside(run, "linear", "ibot-sweep", "top1") is None  # which is chosen on held-out train images
+
+
+@pytest.mark.parametrize("name", recipes_of(8))
+def test_each_recipe_of_supervised_training_is_beside_its_own_row(name):
+    run = made(name)
+    expected = paper()["tables"]["tab8"]["rows"][int(run.protocol.settings["paper_row"].partition(".")[2])]
+    assert expected["top1"] in (79.8, 80.4, 82.3, 82.7) and expected["with_mte"] == run.subject.mte
+    assert beside(run, "classify", "classify", "top1") == expected["top1"]
+    assert beside(run, "classify", "classify", "top1_fused") is None and beside(run, "finetune", "vitb", "top1") is None
+    assert beside(run, "classify", "classify", "top1", None, "interpolation=bilinear") is None
+    for part in ({"classes": 300}, {"images": {"val": 5000}}, {"images": {}}, {"subset": "per_class=5"}):
+        assert beside(run, "classify", "classify", "top1", {**SETS["classify"], **part}) is None
+    for changes in (["epochs=299"], ["image_size=96"], ["mte={heads: shared}"], ["method=dino", "method_settings={}"]):
+        other = made(name, IMAGENET, *changes)
+        assert beside(other, "classify", "classify", "top1") is None, changes
+    assert beside(made(name, IMAGENET_300), "classify", "classify", "top1") is None
+
+
+def supervised(root, letter, mte, value, fused=None):
+    """A supervised run and its own classifier's record."""
+    who = subject(mte is not None, method="supervised", recipe_hash=letter * 12, sha256=letter * 64)
+    pretraining(root, who, {**recipe(), "method": "supervised", "mte": mte})
+    metrics = {"top1": Metric(value=value, ci95=(value - 1, value + 1), n=400), "top5": Metric(value=95.0, n=400)}
+    if fused is not None:
+        metrics["top1_fused"] = Metric(value=fused, ci95=(fused - 1, fused + 1), n=400)
+    data = {**SCENES, "images": {"val": 400}, "fingerprint": "7777" * 4}
+    write_record(root / "evaluations" / "classify", record("classify", who, data, shipped("classify", "classify"), metrics))
+    evaluation(root / "evaluations" / "knn", "knn", who, value / 100)
+
+
+def test_supervised_training_has_tables_8_and_14(tmp_path):
+    """Of the classifiers themselves, with what the fused ones would give, and shared classifiers beside independent ones."""
+    tokens = {"auxiliary_cls": 4, "pooled": 6, "ten": True}
+    supervised(tmp_path / "plain", "a", None, 60.0)
+    supervised(tmp_path / "shared", "b", {**tokens, "heads": "shared"}, 61.0, 62.0)
+    supervised(tmp_path / "independent", "c", {**tokens, "heads": "independent"}, 63.0, 64.5)
+    other = record("inat", subject(), SETS["inat"], shipped("inat", "vitb"), {"top1": Metric(value=1, n=3030)})
+    write_record(tmp_path / "inat", other)
+    page = write_report([tmp_path], tmp_path / "report").page.read_text()
+    titles = [line for line in page.splitlines() if line.startswith("## ")]
+    assert titles[1:3] == ["## Supervised classification", "## Fine-tuning on iNaturalist"]
+    header, *lines = table_rows(page, "## Supervised classification")
+    assert [title.replace("<br>", " ") for title in header[3:]] == [
+        f"{name} {what}"
+        for name in ("own classifier", "fused classifiers")
+        for what in ("ours [95 %]", "n, over seeds", "+MTE − plain")
+    ]
+    values = {"60.0": "–", "61.0": "**62.0**", "63.0": "**64.5**"}
+    assert {line[3].partition("<br>")[0].strip("*"): line[6].partition("<br>")[0] for line in lines} == values
+    assert "Other data than the paper's (ImageNet-1K)" in page.partition("## Supervised classification")[2]
+    assert page.count("As in the paper's Table 14: supervised, ViT-S/16 at 64 px, 30 epochs, on scenes.") == 2  # k-NN's, too
+    *_, last = page.split("As in the paper's Table 14")
+    header, *rows = table_rows(last, ":")
+    assert header[1].startswith("own classifier")
+    assert [row[0] for row in rows] == ["shared classifiers", "independent classifiers"]
+    assert [row[1].partition("<br>")[0] for row in rows] == ["**61.0**", "**63.0**"]
+    opening = page.partition("\nFrom ")[0]
+    assert "4,000 training and 400 validation images" in opening and "(400 validation images" not in opening
 
 
 @pytest.mark.parametrize("name", recipes_of(2, 13, 15, 16))
