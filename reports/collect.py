@@ -14,7 +14,7 @@ from mte_bench.errors import UserError
 from mte_bench.files import hash_of
 from mte_bench.naming import architecture_title, data_key, method_title
 from mte_bench.records import Data, Record, Subject, find_records, read_record
-from reports.topics import HEADLINES, TOPICS, Topic, headline, is_evaluation, topic_of
+from reports.topics import HEADLINES, OF_MTE_ALONE, TOPICS, Topic, headline, is_evaluation, topic_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Measure(NamedTuple):
     """The task as tables call it."""
     title: str
     """The name, with the protocol where the task was measured under several."""
+
+    @property
+    def of_mte_alone(self) -> bool:
+        """Whether only rows with MTE can have a value here."""
+        return self.metric in OF_MTE_ALONE
 
     def further(self, metric: str, name: str) -> "Measure":
         """Another metric of the same task and protocol."""

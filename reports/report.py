@@ -13,14 +13,14 @@ from mte_bench.files import write_json
 from mte_bench.naming import architecture_title, data_title
 from mte_bench.records import Record
 from reports.ablations import Ablation, ablations
-from reports.collect import Collection, Measure, collect, data_tables
+from reports.collect import Collection, Measure, Row, collect, data_tables
 from reports.figures import FOLDER, PREFIXES, Figure, Kind, copy_pictures, draw_curves
 from reports.markdown import code, link_text, plain_text
 from reports.page import write_page
 from reports.paper import paper, same_data
 from reports.predictions import Predictions
 from reports.runs import cost_table, environments, machinery, period, record_table
-from reports.tables import Section, accuracy_table, cell_summary, section, seed_table
+from reports.tables import Cell, Section, accuracy_table, cell_summary, section, seed_table
 from reports.topics import TOPICS, Topic
 
 PAGE, SUMMARY = "report.md", "report.json"
@@ -163,12 +163,15 @@ def _section_view(part: Section) -> dict[str, Any]:
         "accuracy": accuracy_table(part),
         "seeds": seed_table(part),
         "has_repeats": any(row.repeat for row, _ in part.cells),
-        "unpaired": any(
-            row.kind == 2 and cell.value is not None and (cell.comparison is None or cell.comparison.interval is None)
-            for row, cells in part.cells
-            for cell in cells
-        ),
+        "unpaired": any(_is_unpaired(row, cell) for row, cells in part.cells for cell in cells),
     }
+
+
+def _is_unpaired(row: Row, cell: Cell) -> bool:
+    """Whether a value with MTE is without the interval of its difference to the plain run's."""
+    if row.kind != 2 or cell.value is None or cell.column.of_mte_alone:
+        return False
+    return cell.comparison is None or cell.comparison.interval is None
 
 
 def _chosen(column: Measure, part: Section) -> str:

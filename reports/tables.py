@@ -97,11 +97,12 @@ def value_table(part: Section, heads: Sequence[str], names: Sequence[Sequence[st
     with_mte = any(row.kind == 2 for row, _ in part.cells)
     for index, column in enumerate(part.columns):
         found = [(row, cells[index]) for row, cells in part.cells]
-        blocks = {"ours [95 %]": [_value(cell.value) for _, cell in found]}
+        empty = [column.of_mte_alone and row.kind != 2 for row, _ in found]
+        blocks = {"ours [95 %]": ["" if none else _value(cell.value) for (_, cell), none in zip(found, empty, strict=True)]}
         if any(cell.paper is not None for _, cell in found):
             blocks = {"paper": [number(cell.paper) for _, cell in found]} | blocks
-        blocks["n, over seeds"] = [_over_seeds(cell.value) for _, cell in found]
-        if with_mte:
+        blocks["n, over seeds"] = ["" if none else _over_seeds(cell.value) for (_, cell), none in zip(found, empty, strict=True)]
+        if with_mte and not column.of_mte_alone:
             blocks["+MTE − plain"] = [_difference(row, cell) for row, cell in found]
         columns += [f"{plain_text(column.title)}\n{what}" for what in blocks]
         for line, values in zip(written, zip(*blocks.values(), strict=True), strict=True):

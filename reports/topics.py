@@ -25,6 +25,9 @@ FURTHER = {
 }
 """Metrics that have columns of their own beside a task's headline, where a record has them, and the columns' names."""
 
+OF_MTE_ALONE = ("top1_fused",)
+"""Metrics of auxiliary tokens: a plain encoder cannot have them, and so there is nothing to compare them with."""
+
 
 class Topic(NamedTuple):
     """Tasks whose tables stand together."""
