@@ -18,7 +18,7 @@ FeatureDtype = Annotated[str, typer.Option(help="How features are kept: auto (16
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Images per forward pass (default: 256 on CUDA, else 64).")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that decode images (default: by the number of cores).")]
 Cache = Annotated[str | None, typer.Option(metavar="DIR", help="Folder that keeps features (default: the user's cache).")]
-SaveMinutes = Annotated[float, typer.Option(help="Save within an epoch after so many minutes.")]
+SaveMinutes = Annotated[float, typer.Option(min=0, help="Save within an epoch after so many minutes.")]
 AllowCorrupt = Annotated[int, typer.Option(min=0, help="Leave out up to so many unreadable images of each split.")]
 AllowPartial = Annotated[bool, typer.Option("--allow-partial", help="Accept a checkpoint that lacks weights.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON on stdout.")]

@@ -68,13 +68,24 @@ class Request:
 
 def load_protocol(task: WithProtocol[I_co], name: str, assignments: tuple[str, ...] = ()) -> tuple[str, I_co]:
     """The full name and the settings of protocol ``name`` (``linear-fast``, short ``fast``; or a YAML path) with overrides."""
-    if f"{task.name}-{name}" in names_in(PROTOCOLS):
+    known = names_in(PROTOCOLS)
+    if f"{task.name}-{name}" in known:
         name = f"{task.name}-{name}"
+    if name not in known and not name.endswith((".yaml", ".yml")):
+        raise UserError(f"no protocol named '{name}'{_own_protocols(task, name)}")
     values = load_yaml(name, PROTOCOLS, "protocol")
     if values.get("task") != task.name:
-        own = [known for known in names_in(PROTOCOLS) if load_yaml(known, PROTOCOLS, "protocol").get("task") == task.name]
-        raise UserError(f"protocol '{name}' is for task '{values.get('task')}', not '{task.name}'{did_you_mean(name, own)}")
+        raise UserError(f"protocol '{name}' is for task '{values.get('task')}', not '{task.name}'{_own_protocols(task, name)}")
+    for assignment in assignments:
+        if (key := assignment.partition("=")[0]) in ("task", "version"):
+            raise UserError(f"--set {assignment}: a protocol's {key} says what its numbers are; leave it out")
     return Path(name).stem, task.protocol.check(override(values, list(assignments)), f"protocol {name}")
+
+
+def _own_protocols(task: WithProtocol[I_co], name: str) -> str:
+    """The protocol of ``task`` that ``name`` may have meant, or all of them, by their short names."""
+    own = [known for known in names_in(PROTOCOLS) if load_yaml(known, PROTOCOLS, "protocol").get("task") == task.name]
+    return did_you_mean(name.removeprefix(f"{task.name}-"), [known.removeprefix(f"{task.name}-") for known in own])
 
 
 def evaluate(task: Task[P], request: Request) -> Record | None:
@@ -113,6 +124,7 @@ def prepare(task: Task[P], request: Request, opened: Opened) -> Job:
     how = pass_of(request)
     train, val = (open_split(request, split, opened) for split in SPLITS)
     require_labels(train, val)
+    protocol.require_images(len(train))
     parts = []
     for text in (request.checkpoint, *request.others):
         checkpoint = opened.checkpoint(text, allow_partial=request.allow_partial, image_size=protocol.image_size)
@@ -130,7 +142,7 @@ def prepare(task: Task[P], request: Request, opened: Opened) -> Job:
 
     def run() -> Record | None:
         began = time.monotonic()
-        refuse_clash(folder, subject, val.source, fingerprint)
+        refuse_clash(folder, task.name, subject, val.source, fingerprint)
         found = [_features(part, train, val, protocol, how) for part in parts]
         readable = [_kept(images, features) for images, features in zip((train, val), found[0], strict=True)]
         splits = _splits(parts, found, protocol, readable)
@@ -211,7 +223,9 @@ def _splits(
 
 
 def _kept(images: ImageSet, features: Features) -> ImageSet:
-    """The images that have features."""
+    """The images that have features; raises ``UserError`` if none has."""
+    if not len(features.kept):
+        raise UserError(f"{images.source}: not one of its {len(images)} images of {images.split} can be read")
     return Subset(images, features.kept, "decodable") if features.corrupt else images
 
 
@@ -347,8 +361,11 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "data"
 
 
-def refuse_clash(folder: Path, subject: Subject, source: str, fingerprint: str) -> None:
-    """Raise ``UserError`` rather than overwrite the record of another checkpoint or of other data in ``folder``."""
+def refuse_clash(folder: Path, task: str, subject: Subject, source: str, fingerprint: str) -> None:
+    """Raise ``UserError`` rather than overwrite the record of another task, checkpoint or data in ``folder``, and if it cannot
+    be written: before anything that takes long is done.
+    """
+    records.require_place(folder, task)
     try:
         old = records.read_record(folder / records.RECORD_NAME)
     except UserError:

@@ -159,7 +159,7 @@ def prepare(
 
     def run() -> Record | None:
         tuned = tuner()
-        refuse_clash(folder, subject, val.source, fingerprint)
+        refuse_clash(folder, task.name, subject, val.source, fingerprint)
         for remark in (*train.remarks, *val.remarks) if process[0] == 0 else ():
             log(remark)
         if not tuned.train() and (folder / records.RECORD_NAME).exists():

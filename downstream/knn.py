@@ -132,8 +132,8 @@ def _as_list(value: Any) -> Any:
 class KNNProtocol(FeatureProtocol):
     """Settings of k-NN."""
 
-    k: tuple[PositiveInt, ...] = Field(min_length=1)
-    """Numbers of neighbours; those larger than the bank are left out, with a remark."""
+    k: Annotated[tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(_as_list)]
+    """One number of neighbours, or a list; those larger than the bank are left out, with a remark."""
     temperature: Annotated[tuple[PositiveFloat, ...], Field(min_length=1), BeforeValidator(_as_list)]
     """One, or a list: all are reported, each metric then named with its temperature."""
     few_shot: FewShot | None = None
@@ -143,6 +143,11 @@ class KNNProtocol(FeatureProtocol):
     def compares_kinds(self) -> bool:
         """Each kind is evaluated by itself."""
         return True
+
+    def require_images(self, train: int) -> None:
+        """The bank holds the neighbours of the smallest ``k``; few-shot banks choose their own."""
+        if not self.few_shot and min(self.k) > train:
+            raise UserError(f"the bank has {train} images, fewer than the smallest k; use more, or --set k={train}")
 
     def kinds(self, encoder: Encoder) -> tuple[str, ...]:
         """As for any protocol; of several kinds, those that take more patches than an image has are left out."""
@@ -171,12 +176,9 @@ def evaluate_knn(protocol: KNNProtocol, train: Split, val: Split, device: torch.
     """Top-1 and top-5 of the val split for each ``k`` and temperature, on the whole bank or on few-shot banks."""
     if protocol.few_shot:
         return _evaluate_few_shot(protocol, protocol.few_shot, train, val, device)
+    protocol.require_images(len(train.labels))
     k = [k for k in protocol.k if k <= len(train.labels)]
     left_out = [k for k in protocol.k if k > len(train.labels)]
-    if not k:
-        raise UserError(
-            f"the bank has {len(train.labels)} images, fewer than the smallest k; use more, or --set k=[{len(train.labels)}]"
-        )
     if left_out:
         log(f"k = {', '.join(map(str, left_out))} left out: the bank has {len(train.labels)} images")
     knn = KNN(k, protocol.temperature, device).fit(train.features, train.labels)

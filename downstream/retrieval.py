@@ -34,6 +34,16 @@ class RetrievalProtocol(FeatureProtocol):
     recall: tuple[PositiveInt, ...] = Field(min_length=1)
     """Numbers of nearest images among which the class must be; the largest is how many neighbours are kept."""
 
+    def require_images(self, train: int) -> None:
+        """As many in the bank as neighbours are kept, where the train images are the bank."""
+        if self.bank == "train":
+            self.require_bank(train)
+
+    def require_bank(self, count: int) -> None:
+        """Raise ``UserError`` if a bank of ``count`` images holds too few neighbours."""
+        if (k := max(self.recall)) > count:
+            raise UserError(f"retrieval: recall {k} is more than the {count} images of the bank; set smaller values for recall")
+
 
 class Retrieved(NamedTuple):
     """What the bank answers to each of ``q`` queries."""
@@ -104,10 +114,8 @@ def evaluate_retrieval(protocol: RetrievalProtocol, train: Split, val: Split, de
     """``map`` and ``recall_K``; the neighbours' names, labels and similarities beside the predictions; the picture."""
     itself = protocol.bank == "val"
     bank = val if itself else train
-    k = max(protocol.recall)
-    if k > (count := len(bank.labels) - itself):
-        raise UserError(f"retrieval: recall {k} is more than the {count} images of the bank; set smaller values for recall")
-    found = retrieve(val, bank, k, device, itself)
+    protocol.require_bank(len(bank.labels) - itself)
+    found = retrieve(val, bank, max(protocol.recall), device, itself)
     indices = found.indices.numpy()
     labels = bank.labels[indices]  # q k
     hits = labels == val.labels[:, None]

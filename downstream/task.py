@@ -69,13 +69,21 @@ class FeatureProtocol(ImageProtocol):
         """How often the encoder goes over the ``train`` images to do so."""
         return 0
 
+    def require_images(self, train: int) -> None:
+        """Raise ``UserError`` if ``train`` images are too few for these settings."""
+
     def kinds(self, encoder: Encoder) -> tuple[str, ...]:
-        """The kinds of feature that it asks of ``encoder``. Raises ``UserError`` for several where only one has a use."""
+        """The kinds of feature that it asks of ``encoder``.
+
+        Raises ``UserError`` for several where only one has a use, and for one that is listed twice.
+        """
         if self.feature == "published":
             return (published_feature(encoder),)
         kinds = tuple(kind.strip() for kind in self.feature.split(","))
         if len(kinds) > 1 and not self.compares_kinds:
             raise UserError(f"feature '{self.feature}': this protocol takes a single kind")
+        if len(set(kinds)) < len(kinds):
+            raise UserError(f"feature '{self.feature}': lists a kind twice")
         return kinds
 
 

@@ -1,5 +1,6 @@
 """What can be listed: each package offers its rows through the entry-point group ``mte_bench.catalogues``."""
 
+import re
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
@@ -21,22 +22,21 @@ def rows(what: str, pattern: str = "*") -> list[Row]:
     every = [row for function in functions for row in function()]
     found = [row for row in every if fnmatchcase(row["name"], pattern)]
     if not found:
-        raise UserError(f"list {what}: no name is like '{pattern}'{did_you_mean(pattern.strip('*'), _some(every))}")
+        meant = did_you_mean(pattern.strip("*"), (row["name"] for row in every))
+        raise UserError(f"list {what}: no name is like '{pattern}'{meant}")
     return found
 
 
 def of_table(number: int) -> list[Row]:
     """The recipes of the paper's table ``number`` in its order, with the numbers that it prints."""
     recipes = {row["paper_row"]: row for row in rows("recipes") if row["paper_row"]}
+    every = rows("paper")
+    if not (table := [row for row in every if row["name"].startswith(f"tab{number}.")]):
+        known = sorted({int(match[1]) for row in every if (match := re.match(r"tab(\d+)\.", row["name"]))})
+        raise UserError(f"list recipes --table {number}: not known; the tables are {', '.join(map(str, known))}")
     found = []
-    for printed in rows("paper", f"tab{number}.*"):
+    for printed in table:
         recipe = recipes.get(printed["name"], {})
         numbers = {key: value for key, value in printed.items() if key != "name"}
         found.append({"recipe": recipe.get("name"), **numbers})
     return found
-
-
-def _some(every: list[Row]) -> list[str]:
-    """The names to choose a suggestion from; none if there are too many to print."""
-    names = [row["name"] for row in every]
-    return names if len(names) <= 30 else []

@@ -19,10 +19,17 @@ class CorruptImage(UserError):
         return type(self), (self.path, self.reason)
 
 
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """``" (did you mean 'knn'?)"`` for the closest of ``choices``, or the list of them if none is close."""
+MOST_CHOICES = 40
+"""More of them are not listed in an error: nobody reads on to the end of the line."""
+
+
+def did_you_mean(word: str, choices: Iterable[str], listed: bool = True) -> str:
+    """``" (did you mean 'knn'?)"`` for the closest of ``choices``.
+
+    If none is close, and ``listed``, all of them, unless they are many.
+    """
     names = sorted(choices)
     close = get_close_matches(word, names, n=1, cutoff=0.6)
     if close:
         return f" (did you mean '{close[0]}'?)"
-    return f" (one of: {', '.join(names)})" if names else ""
+    return f" (one of: {', '.join(names)})" if listed and 0 < len(names) <= MOST_CHOICES else ""

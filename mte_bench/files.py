@@ -42,6 +42,19 @@ def atomic(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def require_writable(folder: str | Path) -> None:
+    """Raise ``UserError`` unless files can be written to ``folder``, which need not be there yet; makes nothing."""
+    if folder == "":
+        raise UserError("--out '': names no folder")
+    place = folder = Path(folder)
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{folder}: cannot be written ({place} is a file, not a folder); choose another --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: cannot be written ({place} is read-only); change its permissions or choose another --out")
+
+
 def _refusal(error: Exception) -> str | None:
     """Why the disk refused a write; None for other errors. torch and safetensors wrap it in types of their own."""
     if isinstance(error, OSError):

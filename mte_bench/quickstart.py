@@ -13,7 +13,7 @@ DATA, FEW = "scenes", "scenes?train=160&val=160"
 
 def quickstart(
     out: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of runs and report (default: quickstart).")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of both pre-trainings.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of both pre-trainings.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     smoke: Annotated[bool, typer.Option("--smoke", help="Two batches of everything, to see that it runs.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the records of k-NN and linear as JSON.")] = False,

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from mte_bench import __version__
 from mte_bench.errors import UserError
-from mte_bench.files import hash_of, write_json
+from mte_bench.files import hash_of, require_writable, write_json
 from mte_bench.settings import Settings
 
 SCHEMA_VERSION = 1
@@ -145,11 +145,22 @@ def write_record(folder: str | Path, record: Record) -> Path:
     return path
 
 
+def require_place(folder: str | Path, task: str) -> None:
+    """Raise ``UserError`` unless a record of ``task`` can be written to ``folder`` and takes the place of no other task's."""
+    require_writable(folder)
+    try:
+        old = read_record(Path(folder) / RECORD_NAME)
+    except UserError:
+        return
+    if old.task != task:
+        raise UserError(f"{folder}: holds the record of {old.task}; choose another --out")
+
+
 def read_record(path: str | Path) -> Record:
     """Read and validate one record file; raises ``UserError`` naming the file if it is broken or of another schema."""
     path = Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
         raise UserError(f"{path}: no such record") from None
     except (OSError, ValueError) as error:
@@ -158,6 +169,10 @@ def read_record(path: str | Path) -> Record:
     if found != SCHEMA_VERSION:
         raise UserError(f"{path}: record schema {found}, this version reads {SCHEMA_VERSION}; evaluate again")
     return Record.check(values, str(path))
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number")
 
 
 def find_records(paths: Iterable[str | Path]) -> list[Path]:

@@ -1,5 +1,6 @@
 """Recipes and protocols: named YAML files, validated into frozen settings, overridable and hashed."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,9 +12,9 @@ from mte_bench.files import hash_of
 
 
 class Settings(BaseModel):
-    """Frozen settings that refuse unknown keys."""
+    """Frozen settings that refuse unknown keys, and numbers that are none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @property
     def hash(self) -> str:
@@ -26,18 +27,46 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(f"{where}: " + "; ".join(_mistake(cls, dict(item)) for item in error.errors())) from error
+            raise UserError(f"{where}: {_mistakes(cls, error)}") from error
 
 
-def _mistake(model: type[BaseModel], item: dict[str, Any]) -> str:
-    path = [part for part in item["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
-    key = ".".join(str(part) for part in path) or "settings"
-    if item["type"] == "extra_forbidden":
-        known = _fields(model, [str(part) for part in path[:-1]])
-        return f"unknown setting '{key}'" + did_you_mean(str(path[-1]), known)
-    message = item["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    return f"{key}: {message}" + ("" if item["type"] == "missing" else f", got {item['input']!r}")
+def _mistakes(model: type[BaseModel], error: ValidationError) -> str:
+    """What is wrong, each key once: all alternatives of a union together, the items of a list before its length."""
+    found: dict[str, list[str]] = {}
+    given: dict[str, Any] = {}
+    for item in error.errors():
+        path = [part for part in item["loc"] if not _is_alternative(part)]
+        key = ".".join(str(part) for part in path)
+        if item["type"] == "extra_forbidden":
+            known = _fields(model, [str(part) for part in path[:-1]])
+            found[f"unknown setting '{key}'{did_you_mean(str(path[-1]), known)}"] = []
+        elif not (item["type"] == "too_short" and any(other.startswith(f"{key}.") for other in found)):
+            found.setdefault(key, []).append(_message(dict(item)))
+            given[key] = f", got {item['input']!r}"
+            if item["type"] == "missing" or isinstance(item["input"], Mapping | BaseModel):
+                del given[key]  # a whole group of settings says nothing
+    return "; ".join(": ".join(filter(None, (key, " or ".join(words)))) + given.get(key, "") for key, words in found.items())
+
+
+def _is_alternative(part: int | str) -> bool:
+    """Whether this part of a place names no setting but a validator, or a type of a union."""
+    return isinstance(part, str) and (part.startswith("function-") or "[" in part or part in ("int", "float", "str", "bool"))
+
+
+_PLAIN = {
+    "tuple_type": "input should be a list, such as [1, 2]",
+    "model_type": "input should be a group of settings",
+    "dict_type": "input should be a group of settings",
+    "string_type": "input should be text",
+}
+
+
+def _message(item: dict[str, Any]) -> str:
+    """One mistake in the words of YAML, not of Python."""
+    if item["type"] == "too_short":
+        return f"the list needs at least {item['ctx']['min_length']} items"
+    message: str = _PLAIN.get(item["type"], item["msg"].removeprefix("Value error, "))
+    return message[0].lower() + message[1:]
 
 
 def _fields(model: type[BaseModel], path: list[str]) -> list[str]:
@@ -66,19 +95,39 @@ def names_in(folder: Path) -> list[str]:
 
 def load_yaml(name: str, folder: Path, kind: str) -> dict[str, Any]:
     """Read ``name`` (a name in ``folder``, or a path ending in .yaml); ``kind`` ("recipe", "protocol") is for errors."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    is_path = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else folder / f"{name}.yaml"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except FileNotFoundError:
-        hint = "" if name.endswith((".yaml", ".yml")) else did_you_mean(name, names_in(folder))
-        raise UserError(f"no {kind} named '{name}'{hint}") from None
+        if is_path:
+            raise UserError(f"{path}: no such file") from None
+        raise UserError(f"no {kind} named '{name}'{did_you_mean(name, names_in(folder))}; mte-bench list {kind}s") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+        raise UserError(f"{path}: not valid YAML ({error.problem}{where})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path}: a {kind} is a mapping of settings, this is {type(values).__name__}")
+        found = "the file is empty" if values is None else "this is a list" if isinstance(values, list) else "this is one value"
+        raise UserError(f"{path}: a {kind} is a mapping of settings, {found}")
     return values
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"'{key.value}' is stated twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:

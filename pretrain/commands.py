@@ -9,13 +9,15 @@ def pretrain(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe (mte-bench list recipes) or a YAML file.")],
     data: Annotated[str, typer.Option(help="Source of the images, e.g. scenes or imagefolder:PATH.")],
     out: Annotated[str, typer.Option(help="Run folder; the same command goes on with an unfinished run in it.")],
-    seed: Annotated[int, typer.Option(help="Seed of initialisation, data order, views and stochastic depth.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed of initialisation, data order, views and stochastic depth.")
+    ] = 0,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a setting: key=value, e.g. mte=true.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto (bfloat16 where native), float32, bfloat16, float16.")] = "auto",
-    workers: Annotated[int, typer.Option(help="Processes that make views, per training process.")] = 2,
-    save_minutes: Annotated[float, typer.Option(help="Save within an epoch after so many minutes.")] = 10.0,
-    allow_corrupt: Annotated[int, typer.Option(help="Go on with up to so many unreadable images.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that make views, per training process.")] = 2,
+    save_minutes: Annotated[float, typer.Option(min=0, help="Save within an epoch after so many minutes.")] = 10.0,
+    allow_corrupt: Annotated[int, typer.Option(min=0, help="Go on with up to so many unreadable images.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print settings, steps, memory and time; train nothing.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Two batches of everything, to see that it runs.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the record as JSON on stdout.")] = False,
@@ -27,6 +29,7 @@ def pretrain(
     from mte_bench.console import log, show_json, show_table
     from mte_bench.data.sources import open_source, take
     from mte_bench.device import pick_device, pick_precision
+    from mte_bench.records import require_place
     from pretrain import mte
     from pretrain.methods import METHODS
     from pretrain.recipe import load_recipe
@@ -35,21 +38,24 @@ def pretrain(
     settings = load_recipe(recipe, set_)
     rank, processes = distributed.start(device)
     try:
-        mte.check(settings, METHODS[settings.method], processes)  # before the data is opened, which may take long
+        # What can be refused is refused before the data is opened, which may take long.
+        mte.check(settings, METHODS[settings.method], processes)
+        where = pick_device(device)
+        dtype = pick_precision(precision, where)
+        require_place(out, "pretrain")
         images = open_source(data, "train")
         held_out = open_source(data, "val") if settings.knn_every or smoke else None
         if smoke:
             settings = settings.for_smoke(processes)
             images = take(images, "images", 2 * settings.batch_size)
             held_out = held_out and take(held_out, "images", 2 * settings.batch_size)
-        where = pick_device(device)
         trainer = Trainer(
             settings,
             images,
             Path(out),
             seed=seed,
             device=where,
-            precision=pick_precision(precision, where),
+            precision=dtype,
             workers=workers,
             held_out=held_out,
             allow_corrupt=allow_corrupt,

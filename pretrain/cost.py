@@ -233,6 +233,8 @@ def analyze_cost(
     began = time.monotonic()
     where = pick_device(device)
     dtype = pick_precision(precision, where)
+    if out:
+        records.require_place(out, "cost")
     recipe = load_recipe(name, assignments)
     variants = with_and_without(recipe)
     for variant in variants.values():

@@ -176,8 +176,8 @@ class Recipe(Settings):
     momentum: tuple[float, float] = (0.996, 1.0)
     """EMA momentum of the teacher: cosine from the first to the second over the run."""
     mte: MTE | None = None
-    knn_every: int | None = None
-    """Measure k-NN every so many epochs on the data's val split (null: never)."""
+    knn_every: int | None = Field(None, ge=0)
+    """Measure k-NN every so many epochs on the data's val split (null or 0: never)."""
     snapshot_every: int = Field(0, ge=0)
     """Keep, every so many epochs and of the untrained state, what the final export keeps (0: never). It changes nothing of
     what is trained, so it belongs neither to the recipe's hash nor to what must be the same for a run to go on."""
@@ -231,11 +231,13 @@ def load_recipe(name: str, assignments: list[str] | None = None) -> Recipe:
     return recipe
 
 
-def _read(name: str) -> dict[str, Any]:
+def _read(name: str, extending: tuple[str, ...] = ()) -> dict[str, Any]:
     """A recipe's values; one that says ``extends: OTHER`` holds only what differs from that recipe."""
+    if name in extending:
+        raise UserError(f"recipe {name}: extends itself ({' extends '.join((*extending, name))})")
     values = load_yaml(name, RECIPES, "recipe")
     base = values.pop("extends", None)
-    return values if base is None else merge(_read(str(base)), values)
+    return values if base is None else merge(_read(str(base), (*extending, name)), values)
 
 
 def _method_settings(recipe: Recipe, name: str) -> None:

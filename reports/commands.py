@@ -102,9 +102,12 @@ def compare(
 ) -> Any:
     """Compare what was measured twice, image by image: what differs, how surely, and in which classes."""
     from mte_bench.console import log, show_json
+    from mte_bench.files import require_writable
     from reports.comparison import show, write
     from reports.pairs import as_values, pair
 
+    if out is not None:
+        require_writable(out)
     pairs = pair([a], [b], metric)
     if json:
         show_json(as_values(pairs))

@@ -53,7 +53,7 @@ class Reached:
 def convergence(runs: Sequence[str], metric: str, out: str | None, json: bool) -> Record:
     """Compare ``runs`` by the ``metric`` of their curves, write the record with its picture, and show the table."""
     if metric not in NAMES:
-        raise UserError(f"--metric {metric}: unknown{did_you_mean(metric, NAMES)}; it is one of {', '.join(NAMES)}")
+        raise UserError(f"--metric {metric}: unknown{did_you_mean(metric, NAMES)}")
     began = time.monotonic()
     collection, entries = pretrained(runs)
     lines = lines_of([(entry, monitored(entry, metric, collection)) for entry in entries])

@@ -8,7 +8,7 @@ from typing import Any
 from mte_bench.console import log, show_json, show_table
 from mte_bench.errors import UserError
 from mte_bench.files import hash_of, write_json
-from mte_bench.records import RECORD_NAME, Cost, Metric, Protocol, Record, Subject, make_record, write_record
+from mte_bench.records import RECORD_NAME, Cost, Metric, Protocol, Record, Subject, make_record, require_place, write_record
 from reports.collect import Collection, Entry, collect
 
 
@@ -45,6 +45,7 @@ def conclude(
     subject = Subject.ensemble([entry.record.subject for entry in entries])
     folder = Path(out or Path("runs") / f"{task}-{hash_of(subject.sha256)[:6]}")
     files = {"picture": f"{task}.png", "values": f"{task}.json"}
+    require_place(folder, task)
     draw(folder / files["picture"])
     write_json(folder / files["values"], values)
     record = make_record(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mte_bench.files import write_json
+from mte_bench.files import require_writable, write_json
 from mte_bench.naming import architecture_title, data_title
 from mte_bench.records import Record
 from reports.ablations import Ablation, ablations
@@ -49,6 +49,7 @@ def write_report(
     in ``out`` that this one does not have are removed. Raises ``UserError`` if there is nothing to report, or ``out``
     cannot be written.
     """
+    require_writable(out)
     out = Path(out)
     collection = collect(runs)
     predictions = Predictions(collection.unusable)

@@ -248,7 +248,7 @@ def _job(analysis: Analysis[A], request: Request, opened: Opened, shown: int) ->
 
     def run() -> Record:
         began = time.monotonic()
-        refuse_clash(folder, checkpoint.subject, resolved.images.source, resolved.fingerprint)
+        refuse_clash(folder, analysis.name, checkpoint.subject, resolved.images.source, resolved.fingerprint)
         looked = look(resolved, prepared, transform, shown)
         outcome = analysis.measure(protocol, prepared, looked.seen)
         files = {"picture": f"{analysis.name}.png", "values": f"{analysis.name}.json"}

@@ -140,7 +140,7 @@ class TokenQuality:
 
         def run() -> Record:
             began = time.monotonic()
-            refuse_clash(folder, subject, resolved.images.source, resolved.fingerprint)
+            refuse_clash(folder, self.name, subject, resolved.images.source, resolved.fingerprint)
             found = [(run, [_measured(run, point, request, resolved, folder) for point in run.points]) for run in runs]
             return _write(found, subject, resolved, folder, time.monotonic() - began)
 

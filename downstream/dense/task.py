@@ -198,7 +198,7 @@ def prepare(
 
     def run() -> Record | None:
         began = time.monotonic()
-        refuse_clash(folder, checkpoint.subject, val.images.source, fingerprint)
+        refuse_clash(folder, task.name, checkpoint.subject, val.images.source, fingerprint)
         trained = None
         if finished:
             check()

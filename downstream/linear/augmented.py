@@ -65,6 +65,10 @@ class AugmentedProtocol(LinearProtocol):
         """True: features of the evaluation transform are only measured on."""
         return True
 
+    def require_images(self, train: int) -> None:
+        """At least a batch of them."""
+        self.steps(train).per_epoch  # noqa: B018
+
     def view_passes(self, train: int) -> float:
         """How often the encoder goes over the train images."""
         return self.epochs if self.steps_per_epoch is None else self.epochs * self.steps_per_epoch * self.batch_size / train

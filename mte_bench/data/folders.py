@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from mte_bench.data.sources import IMAGE_SUFFIXES, EncodedImages, ImageSet, Names, Source, Split, decode, fingerprint_of
-from mte_bench.errors import CorruptImage, UserError
+from mte_bench.errors import CorruptImage, UserError, did_you_mean
 
 File = tuple[str, int]  # path relative to the source, bytes
 _SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "test")}
@@ -95,8 +95,10 @@ def _unlabelled(source: Source, split: Split, root: Path, folder: Path) -> Image
 
 
 def existing(source: Source, root: Path) -> Path:
+    if root.exists() and not root.is_dir():
+        raise UserError(f"source {source}: '{root}' is a file; unpack it if it is an archive, and give the folder")
     if not root.is_dir():
-        raise UserError(f"source {source}: no folder '{root}'")
+        raise UserError(f"source {source}: no folder '{root}'{did_you_mean(source.path, ['scenes'], listed=False)}")
     return root
 
 

@@ -201,6 +201,8 @@ def _options(spec: str, kind: str, text: str) -> dict[str, str]:
             raise UserError(f"source '{spec}': write options as key=value, got '{item}'")
         if key not in known:
             raise UserError(f"source '{spec}': unknown option '{key}' of {kind}{did_you_mean(key, known)}")
+        if key in options:
+            raise UserError(f"source '{spec}': option '{key}' is given twice")
         options[key] = value
     for exclusive in (_SUBSET, _TRAIN_SUBSET):
         if len(both := [option for option in exclusive if option in options]) > 1:

@@ -308,14 +308,17 @@ def build_encoder(spec: EncoderSpec, drop_path: float = 0.0, pretrained: bool = 
     """
     if not timm.is_model(spec.arch):
         raise UserError(f"unknown architecture '{spec.arch}'{_similar(spec.arch)}; `mte-bench list archs` shows them")
+    if min(spec.size) < 1:
+        raise UserError(f"image_size {spec.image_size}: must be at least a pixel")
     arguments = spec.timm_arguments | {"drop_path_rate": drop_path}
     for flexible in ({"strict_img_size": False}, {"dynamic_img_size": True}):  # Swin's and ViT's word for other sizes
         try:
             model = timm.create_model(spec.arch, pretrained=pretrained, **arguments, **flexible)
         except TypeError:
             continue
-        except (AssertionError, ValueError, RuntimeError) as error:
-            raise UserError(f"architecture {spec.arch}: {error} (image_size {spec.image_size}, {spec.options})") from error
+        except (ArithmeticError, AssertionError, ValueError, RuntimeError) as error:
+            reason = "more memory than there is" if "allocate" in str(error) else str(error).splitlines()[0]
+            raise UserError(f"architecture {spec.arch}: {reason} (image_size {spec.image_size}, {spec.options})") from error
         if isinstance(model, VisionTransformer | SwinTransformer):
             patch = cast(int, model.patch_embed.patch_size[0])
             if any(side % patch for side in spec.size):
@@ -325,7 +328,10 @@ def build_encoder(spec: EncoderSpec, drop_path: float = 0.0, pretrained: bool = 
                     norm.eps = spec.norm_eps or norm.eps
             if spec.token_learner is not None:
                 _add_token_learner(spec, model)
-            return Encoder(spec, model, drop_path)
+            encoder = Encoder(spec, model, drop_path)
+            if not encoder.block_list:
+                raise UserError(f"architecture {spec.arch}: has no blocks ({spec.options})")
+            return encoder
     raise UserError(f"architecture {spec.arch} with {arguments}: not a ViT or Swin of timm's, or an option it does not have")
 
 
@@ -387,7 +393,7 @@ def _masked(x: Tensor, masks: Tensor | None, mask_token: Tensor | None, reductio
 
 
 def _similar(arch: str) -> str:
-    return did_you_mean(arch, [name for name in timm.list_models() if name.startswith(("vit", "swin", "deit"))][:400] or [])
+    return did_you_mean(arch, [name for name in timm.list_models() if name.startswith(("vit", "swin", "deit"))])
 
 
 def _swap(model: nn.Module, name: str, rate: float) -> SharedDropPath:

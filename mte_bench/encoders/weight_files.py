@@ -92,8 +92,7 @@ def read_pickle(path: Path) -> Mapping[str, Any]:
             raise UserError(
                 f"{path}: unpickling it would run {code[1]}, which is refused; save its state dict alone, or as safetensors"
             ) from error
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a checkpoint, or cut short ({reason})") from error
+        raise UserError(f"{path}: not a checkpoint, or cut short; give its state dict as .pth or .safetensors") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
     return content

@@ -41,8 +41,8 @@ def read(path: Path) -> dict[str, Any]:
     """The state in ``path``, never executing code from it; raises ``UserError`` if it is none."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a broken file
-        raise UserError(f"{path}: not a training state ({str(error).splitlines()[0]}); remove the file to start anew") from error
+    except Exception as error:  # torch raises many kinds for a broken file, and in some advises to run its code
+        raise UserError(f"{path}: not a training state, or cut short; remove the file to start anew") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: a training state of another version; remove the file to start anew")
     return {"measured": state["step"], "resumed": 0, **state}  # the first runs' states are without these two
