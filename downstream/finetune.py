@@ -158,8 +158,8 @@ def prepare(
         return resolved | {"encoder": subject.checkpoint} | estimate(tuner())
 
     def run() -> Record | None:
-        tuned = tuner()
         refuse_clash(folder, task.name, subject, val.source, fingerprint)
+        tuned = tuner()
         for remark in (*train.remarks, *val.remarks) if process[0] == 0 else ():
             log(remark)
         if not tuned.train() and (folder / records.RECORD_NAME).exists():

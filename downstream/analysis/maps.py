@@ -50,7 +50,7 @@ def draw_maps(
     start = MARGIN + HEAD + (0 if kernels is None else cell + 3 * GAP)  # inches from the top to the first image
     width = max(2 * cell + tokens * cell + 2 * GAP + 1.1, title_width(title))
     height = start + count * (2 * cell + 3 * GAP) + MARGIN
-    with picture(path, width, height) as figure:
+    with picture(path, width, height, few_colours=True) as figure:
         figure.set_layout_engine("none")
         page = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), autoscale_on=False)  # inches from the top left
         page.axis("off")
