@@ -27,25 +27,37 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(f"{where}: {_mistakes(cls, error)}") from error
+            raise UserError(f"{where}: {_mistakes(cls, values, error)}") from error
 
 
-def _mistakes(model: type[BaseModel], error: ValidationError) -> str:
-    """What is wrong, each key once: all alternatives of a union together, the items of a list before its length."""
+def _mistakes(model: type[BaseModel], values: Any, error: ValidationError) -> str:
+    """What is wrong in ``values``, each key once: all alternatives of a union together, the items of a list before its length."""
     found: dict[str, list[str]] = {}
     given: dict[str, Any] = {}
     for item in error.errors():
-        path = [part for part in item["loc"] if not _is_alternative(part)]
+        path = _stated(values, [part for part in item["loc"] if not _is_alternative(part)])
         key = ".".join(str(part) for part in path)
         if item["type"] == "extra_forbidden":
             known = _fields(model, [str(part) for part in path[:-1]])
             found[f"unknown setting '{key}'{did_you_mean(str(path[-1]), known)}"] = []
-        elif not (item["type"] == "too_short" and any(other.startswith(f"{key}.") for other in found)):
+        elif not (item["type"] == "too_short" and any(f"{other}.".startswith(f"{key}.") for other in found)):
             found.setdefault(key, []).append(_message(dict(item)))
             given[key] = f", got {item['input']!r}"
             if item["type"] == "missing" or isinstance(item["input"], Mapping | BaseModel):
                 del given[key]  # a whole group of settings says nothing
     return "; ".join(": ".join(filter(None, (key, " or ".join(words)))) + given.get(key, "") for key, words in found.items())
+
+
+def _stated(values: Any, path: list[int | str]) -> list[int | str]:
+    """``path`` without the place in a list where one value was given for the list."""
+    for depth, part in enumerate(path):
+        if isinstance(part, int) and not isinstance(values, list | tuple):
+            return path[:depth]
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            break
+    return path
 
 
 def _is_alternative(part: int | str) -> bool:
@@ -64,7 +76,7 @@ _PLAIN = {
 def _message(item: dict[str, Any]) -> str:
     """One mistake in the words of YAML, not of Python."""
     if item["type"] == "too_short":
-        return f"the list needs at least {item['ctx']['min_length']} items"
+        return f"the list needs {item['ctx']['min_length']} or more items"
     message: str = _PLAIN.get(item["type"], item["msg"].removeprefix("Value error, "))
     return message[0].lower() + message[1:]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_features import TRANSFORM, Drawn, alive, decoded, encoder, flip, how
 
 from downstream import features
 from downstream.features import extract
+from drawn import TRANSFORM, Drawn, alive, decoded, encoder, flip, how
 from mte_bench import cli
 from mte_bench.device import Place, refuse_shared
 from mte_bench.errors import CorruptImage

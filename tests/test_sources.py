@@ -1,44 +1,22 @@
 """Sources: what they find, in which order, with which labels; what they say when something is missing."""
 
-import gzip
 import json
 import pickle
 import re
 import shutil
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import webdataset as wds
-from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import pil_loader
 
-from mte_bench.data import tars
 from mte_bench.data.sources import KINDS, Split, open_source, parse_source, require_classes, take
 from mte_bench.errors import CorruptImage, UserError
+from source_files import class_folders, picture, shards
 
 DATA = Path(__file__).resolve().parent.parent / ".data"
-
-
-def picture(seed: int, width: int = 12, height: int = 10) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def class_folders(root: Path, counts: dict[str, dict[str, int]]) -> Path:
-    """``counts[split][class]`` JPEG files; every one another image."""
-    for split, classes in counts.items():
-        for name, count in classes.items():
-            (root / split / name).mkdir(parents=True)
-            for index in range(count):
-                picture(number_of(split, name, index)).save(root / split / name / f"{index:03d}.jpg")
-    return root
-
-
-def number_of(*parts: object) -> int:
-    return int.from_bytes("".join(map(str, parts)).encode(), "big") % 2**32
 
 
 @pytest.fixture
@@ -236,76 +214,6 @@ def test_a_pickled_set_gives_the_same_images_and_is_small(kind: str, folder: Pat
         assert np.array_equal(np.asarray(there.image(index)), np.asarray(images.image(index)))
 
 
-# --- decoding -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "rotated"])
-def test_every_kind_of_file_is_decoded_as_torchvision_does(mode: str, folder: Path) -> None:
-    image, path = picture(3), folder / "train" / "ant" / "000.jpg"
-    path.unlink()
-    if mode == "rotated":
-        exif = Image.Exif()
-        exif[0x0112] = 6  # shown turned by a quarter: neither torchvision nor DINO turns it
-        image.save(path, exif=exif)
-    elif mode == "CMYK":
-        image.convert(mode).save(path)
-    else:
-        path = path.with_suffix(".png")
-        image.convert(mode).save(path)
-    images = open_source(str(folder), "train")
-    assert images.name(0).startswith("train/ant/000")
-    assert images.image(0).mode == "RGB" and images.image(0).size == (12, 10)
-    assert np.array_equal(np.asarray(images.image(0)), np.asarray(pil_loader(str(path))))
-
-
-@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
-def test_of_16_bits_the_upper_eight_are_taken(suffix: str, folder: Path) -> None:
-    """torchvision's loader makes nearly all of them white."""
-    path = folder / "train" / "ant" / "000.jpg"
-    path.unlink()
-    grey = np.asarray(picture(3).convert("L"))
-    Image.fromarray(grey.astype(np.uint16) * 256 + 77).save(path.with_suffix(suffix))
-    image = open_source(str(folder), "train").image(0)
-    assert image.mode == "RGB" and np.array_equal(np.asarray(image), np.repeat(grey[..., None], 3, axis=2))
-
-
-@pytest.mark.parametrize("kind", [np.int32, np.float32])
-def test_pixels_of_32_bits_are_refused(kind: type[np.generic], folder: Path) -> None:
-    path = folder / "train" / "ant" / "000.jpg"
-    path.unlink()
-    Image.fromarray(np.zeros((8, 8), kind)).save(path.with_suffix(".tiff"))
-    with pytest.raises(CorruptImage, match=r"000\.tiff.*32 bits and no known range; convert it to 8 bits"):
-        open_source(str(folder), "train").image(0)
-
-
-@pytest.mark.parametrize("form", ["", "?per_class=1", "tar"])
-def test_reduced_images_are_the_smallest_that_are_large_enough(form: str, folder: Path, tmp_path: Path) -> None:
-    for path in folder.rglob("*.jpg"):
-        Image.open(path).resize((170, 130)).save(path)
-    if form == "tar":
-        with tarfile.open(tmp_path / "train.tar", "w") as shard:
-            shard.add(folder / "train" / "ant" / "000.jpg", "000.jpg")
-    images = open_source(f"tar:{tmp_path}/{{split}}.tar" if form == "tar" else f"{folder}{form}", "train")
-    sizes = {side: images.reduced(side).image(0).size for side in (16, 17, 32, 33, 65, 66)}
-    assert sizes == {16: (22, 17), 17: (43, 33), 32: (43, 33), 33: (85, 65), 65: (85, 65), 66: (170, 130)}
-    assert images.image(0).size == (170, 130) and images.reduced(16).fingerprint == images.fingerprint
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "gone"])
-def test_a_corrupt_image_is_named(damage: str, folder: Path) -> None:
-    path = folder / "train" / "ant" / "000.jpg"
-    images = open_source(str(folder), "train")
-    whole = path.read_bytes()
-    path.write_bytes({"truncated": whole[: len(whole) * 2 // 3], "empty": b"", "text": b"hello", "gone": b""}[damage])
-    if damage == "gone":
-        path.unlink()
-    with pytest.raises(CorruptImage, match=re.escape(str(path))) as error:
-        images.image(0)
-    assert "\n" not in str(error.value)
-    assert pickle.loads(pickle.dumps(error.value)).path == str(path)
-    images.image(1)
-
-
 # --- iNaturalist, COCO, ADE20K --------------------------------------------------------------------------------------
 
 
@@ -353,86 +261,6 @@ def test_coco_and_ade20k_are_images_without_labels(kind: str, folders: dict[Spli
         picture(0).save(tmp_path / place / "1.jpg")
         images = open_source(f"{kind}:{tmp_path}", split)
         assert images.name(0) == f"{place}/1.jpg" and images.labels.tolist() == [-1] and images.classes == ()
-
-
-# --- tar shards -----------------------------------------------------------------------------------------------------
-
-
-def shards(root: Path, labels: Callable[[int], object] = lambda i: i % 3) -> None:
-    """Two train shards of five images and one val shard of three, as webdataset writes them."""
-    number = 0
-    for name, count in (("train-0", 5), ("train-1", 5), ("val-0", 3)):
-        with wds.TarWriter(str(root / f"{name}.tar")) as writer:
-            for _ in range(count):
-                sample = {"__key__": f"some/sample{number:04d}", "jpg": picture(number), "cls": labels(number)}
-                writer.write(sample | {"json": {"n": number}})
-                number += 1
-
-
-def test_shards_hold_what_webdataset_reads_from_them(tmp_path: Path) -> None:
-    shards(tmp_path)
-    ours = open_source(f"tar:{tmp_path}/train-*.tar?val={tmp_path}/val-0.tar", "train")
-    urls = [str(tmp_path / f"train-{i}.tar") for i in range(2)]
-    theirs = list(wds.WebDataset(urls, shardshuffle=False).decode("pilrgb").to_tuple("__key__", "jpg", "cls"))
-    assert len(ours) == len(theirs) == 10
-    for index, (key, image, label) in enumerate(theirs):
-        assert ours.name(index) == f"train-{index // 5}.tar/{key}.jpg"
-        assert ours.labels[index] == label
-        assert np.array_equal(np.asarray(ours.image(index)), np.asarray(image))
-    assert ours.classes == ("0", "1", "2")
-
-
-def test_shards_of_a_split_by_pattern_or_option(tmp_path: Path) -> None:
-    shards(tmp_path)
-    by_option = open_source(f"tar:{tmp_path}/train-{{0..1}}.tar?val={tmp_path}/val-0.tar", "val")
-    by_pattern = open_source(f"tar:{tmp_path}/{{split}}-*.tar", "val")
-    assert len(by_option) == len(by_pattern) == 3 and by_option.fingerprint == by_pattern.fingerprint
-    with pytest.raises(UserError, match="no val split"):
-        open_source(f"tar:{tmp_path}/train-*.tar", "val")
-    with pytest.raises(UserError, match="not both"):
-        open_source(f"tar:{tmp_path}/{{split}}-*.tar?val=x", "val")
-
-
-def test_class_names_in_shards(tmp_path: Path) -> None:
-    shards(tmp_path, lambda i: "val only" if i >= 12 else ("newt", "ape")[i % 2])
-    images = open_source(f"tar:{tmp_path}/{{split}}-*.tar", "train")
-    assert images.classes == ("ape", "newt") and images.labels.tolist() == [1, 0] * 5
-    with pytest.raises(UserError, match="class 'val only' of the val shards is not in the train shards"):
-        open_source(f"tar:{tmp_path}/{{split}}-*.tar", "val")
-
-
-def test_an_index_is_made_once_and_again_when_the_shard_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    shards(tmp_path)
-    made: list[str] = []
-    index = tars._index
-
-    def counted(shard: str) -> tars.Index:
-        made.append(shard)
-        return index(shard)
-
-    monkeypatch.setattr(tars, "_index", counted)
-    spec = f"tar:{tmp_path}/{{split}}-*.tar"
-    first = open_source(spec, "train")
-    assert len(made) == 2
-    assert open_source(spec, "train").fingerprint == first.fingerprint and len(made) == 2
-    with wds.TarWriter(str(tmp_path / "train-1.tar")) as writer:
-        writer.write({"__key__": "new", "jpg": picture(99), "cls": 1})
-    assert len(open_source(spec, "train")) == 6 and len(made) == 3
-
-
-def test_a_compressed_shard_is_refused_and_a_corrupt_image_in_one_named(tmp_path: Path) -> None:
-    shards(tmp_path)
-    images = open_source(f"tar:{tmp_path}/{{split}}-*.tar", "train")
-    data = bytearray((tmp_path / "train-0.tar").read_bytes())
-    start = int(images.offsets[2])  # type: ignore[attr-defined]
-    data[start + 100 : start + int(images.sizes[2])] = bytes(int(images.sizes[2]) - 100)  # type: ignore[attr-defined]
-    (tmp_path / "train-0.tar").write_bytes(data[: start + 100])
-    with pytest.raises(CorruptImage, match=r"train-0\.tar/some/sample0002\.jpg"):
-        images.image(2)
-    (tmp_path / "train-0.tar").write_bytes(gzip.compress(bytes(data)))
-    with pytest.raises(UserError, match="not a tar file"):
-        open_source(f"tar:{tmp_path}/{{split}}-*.tar", "train")
 
 
 # --- real images ----------------------------------------------------------------------------------------------------

@@ -317,7 +317,11 @@ def build_encoder(spec: EncoderSpec, drop_path: float = 0.0, pretrained: bool = 
         except TypeError:
             continue
         except (ArithmeticError, AssertionError, ValueError, RuntimeError) as error:
-            reason = "more memory than there is" if "allocate" in str(error) else str(error).splitlines()[0]
+            reason = str(error).splitlines()[0][:200]
+            if isinstance(error, ArithmeticError):
+                reason = "one of its sizes is 0"
+            elif "allocate memory" in reason:
+                reason = "takes more memory than there is"
             raise UserError(f"architecture {spec.arch}: {reason} (image_size {spec.image_size}, {spec.options})") from error
         if isinstance(model, VisionTransformer | SwinTransformer):
             patch = cast(int, model.patch_embed.patch_size[0])
