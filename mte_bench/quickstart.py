@@ -65,7 +65,8 @@ def quickstart(
             for name in ("random encoder", "DINO", "DINO+MTE")
         ]
         show_table("top-1 accuracy in % on 'scenes' [95 % interval over images]", ["encoder", "k-NN", "linear"], rows)
-    log(f"the report: {folder / 'report' / 'report.md'}")
+    log(f"the report: {folder / 'report' / 'report.md'}, and as one page {folder / 'report' / 'report.html'}")
+    log("it shows that everything runs, not what MTE is worth: for that see docs/small-runs.md")
 
 
 def _do_all(parts: list[tuple[str, list[str]]]) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from PIL import Image
 
 from downstream.analysis.attention import attention_entropy
 from downstream.analysis.cka import linear_cka, mean_between, minibatch_cka, refuse_constant, unbiased_hsic
-from downstream.analysis.maps import relative
+from downstream.analysis.maps import draw_maps, relative
 from downstream.analysis.pooling import POOLING, map_correlation, map_variation, mean_over_pairs, pooling_kernels
 from downstream.analysis.study import AnalysisProtocol, Gallery, Prepared, Seen
+from mte_bench import plotting
 from mte_bench.cli import run
 from mte_bench.encoders.checkpoint import AUXILIARY_NAME, ENCODER_NAME, save_auxiliary, save_encoder
 from mte_bench.encoders.encoder import EncoderSpec, build_encoder
@@ -271,6 +272,27 @@ def test_pictures_show_images_of_every_class_and_as_many_as_asked(run_folder: Pa
         assert np.shape(values["maps"]) == (3, len(columns), 4, 4)
     share = np.sum(values["maps"], axis=(2, 3))
     assert ((share > 0.5) & (share < 1)).all()  # the rest of the attention is on the CLS token itself
+
+
+def test_maps_over_images_have_few_colours_and_look_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    light = np.linspace(0, 0.6, 64)[:, None, None] * generator.random((3, 1, 1, 3))
+    images, maps = light + 0.4 * generator.random((3, 64, 64, 3)), generator.random((3, 6, 4, 4))
+    texts = (["a", "b", "c"], [f"token {index}" for index in range(6)], "one\ntwo\nthree", "weight")
+
+    def drawn(name: str) -> Image.Image:
+        captions, columns, title, label = texts
+        draw_maps(tmp_path / name, captions, images, maps, columns, title, label)
+        return Image.open(tmp_path / name)
+
+    few, again = drawn("few.png"), drawn("again.png")
+    monkeypatch.setattr(plotting, "use_few_colours", lambda path: None)
+    whole = drawn("whole.png")
+    assert few.mode == "P" and few.size == whole.size
+    assert (tmp_path / "few.png").read_bytes() == (tmp_path / "again.png").read_bytes() and again.mode == "P"
+    assert (tmp_path / "few.png").stat().st_size < (tmp_path / "whole.png").stat().st_size / 3
+    apart = np.abs(np.asarray(few.convert("RGB")).astype(int) - np.asarray(whole.convert("RGB")))
+    assert apart.mean() < 3 and np.percentile(apart, 99) < 20
 
 
 def test_centred_map_correlation_does_not_see_what_all_images_share() -> None:

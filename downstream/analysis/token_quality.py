@@ -164,6 +164,8 @@ def _runs(texts: Sequence[str], request: Request, opened: Opened) -> list[Run]:
             raise UserError(f"{text}: after how many epochs it is, is not known; give run folders of `pretrain`")
         kept = {} if checkpoint.folder is None else snapshots_of(checkpoint.folder)
         points = [Point(epoch, str(folder)) for epoch, folder in kept.items() if epoch < epochs]
+        if epochs and not points:
+            log(f"{text}: kept no snapshots, so its end alone is measured; pre-train with --set snapshot_every=N for more")
         title = slug(text)
         if any(title == run.title for run in runs):
             title = f"{title} ({len(runs) + 1})"
