@@ -24,6 +24,7 @@ from downstream.evaluate import (
     precision_name,
     refuse_clash,
     require_labels,
+    require_readable,
     settings_of,
     show_result,
     write_predictions,
@@ -187,7 +188,7 @@ def prepare(request: Request, opened: Opened, process: tuple[int, int] = (0, 1))
 
     def run() -> Record | None:
         began = time.monotonic()
-        refuse_clash(folder, subject, val.source, val.fingerprint)
+        refuse_clash(folder, CLASSIFY.name, subject, val.source, val.fingerprint)
         if process[0] == 0 and trained.classes != val.classes:
             log(f"classes matched {matched.by}")
         top = min(TOP, len(outputs))
@@ -198,6 +199,7 @@ def prepare(request: Request, opened: Opened, process: tuple[int, int] = (0, 1))
         answers = answers.reshape(-1, len(val), top)
         lost = np.flatnonzero(answers[0, :, 0] < 0)
         kept = np.setdiff1d(np.arange(len(val)), lost)
+        require_readable(val, len(kept))
         images = Subset(val, kept, "decodable") if len(lost) else val
         found: dict[str, Predictions] = {}
         for ranked, suffix in zip(answers[:, kept], trained.suffixes, strict=True):

@@ -223,9 +223,8 @@ def _splits(
 
 
 def _kept(images: ImageSet, features: Features) -> ImageSet:
-    """The images that have features; raises ``UserError`` if none has."""
-    if not len(features.kept):
-        raise UserError(f"{images.source}: not one of its {len(images)} images of {images.split} can be read")
+    """The images that have features."""
+    require_readable(images, len(features.kept))
     return Subset(images, features.kept, "decodable") if features.corrupt else images
 
 
@@ -316,6 +315,12 @@ def require_labels(*splits: ImageSet) -> None:
     if train.classes != val.classes:
         strange = sorted(set(train.classes) ^ set(val.classes)) or ["their order"]
         raise UserError(f"{val.source}: train and val do not list the same classes ({', '.join(strange[:3])})")
+
+
+def require_readable(images: ImageSet, readable: int) -> None:
+    """Raise ``UserError`` if none of ``images`` could be read, however many may be left out."""
+    if not readable:
+        raise UserError(f"{images.source}: not one of its {len(images)} images of {images.split} can be read")
 
 
 def evaluation_transform(checkpoint: Checkpoint, protocol: ImageProtocol) -> EvaluationTransform:

@@ -139,11 +139,11 @@ def test_sources(source: str, expected: str, error_line: ErrorLine, tmp_path: Pa
     assert error_line(*KNN, "--data", source).endswith(expected)
 
 
-@pytest.mark.parametrize("verb", ["knn", "linear"])
-def test_not_one_image_can_be_read(verb: str, unreadable: Path, error_line: ErrorLine, tmp_path: Path) -> None:
-    options = ("--workers", "0", "--allow-corrupt", "99", "--set", "feature=global", "--out", str(tmp_path / "out"))
-    line = error_line(verb, RANDOM, "--data", str(unreadable), *options)
-    assert line.endswith(f"{unreadable}: not one of its 12 images of train can be read")
+@pytest.mark.parametrize(("command", "split"), [("knn", "train"), ("linear", "train"), ("analyze cka", "val")])
+def test_not_one_image_can_be_read(command: str, split: str, unreadable: Path, error_line: ErrorLine, tmp_path: Path) -> None:
+    options = ("--workers", "0", "--allow-corrupt", "99", "--out", str(tmp_path / "out"))
+    line = error_line(*command.split(), RANDOM, "--data", str(unreadable), *options)
+    assert line.endswith(f"{unreadable}: not one of its 12 images of {split} can be read")
 
 
 # ---- YAML files

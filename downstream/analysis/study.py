@@ -26,6 +26,7 @@ from downstream.evaluate import (
     precision_name,
     refuse_clash,
     require_labels,
+    require_readable,
     settings_of,
     subject_title,
 )
@@ -313,7 +314,7 @@ def _collect(
         good = np.setdiff1d(np.arange(len(batch)), np.array(bad, dtype=np.int64) - done)
         computed = [values[good] for values in _compute(prepared, batch, how)]
         for values in computed:
-            finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+            finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
             if not finite.all():
                 name = images.name(done + int(good[np.argmin(finite)]))
                 raise UserError(f"the encoder's tokens of {name} are not finite: a diverged checkpoint, or --precision float32")
@@ -322,8 +323,7 @@ def _collect(
         line.show(f"{images.split}: {done}/{len(images)} images  {done / line.seconds:.0f} images/s", last=done == len(images))
     arrays = [np.concatenate(same) for same in zip(*parts, strict=True)]
     kept = np.setdiff1d(np.arange(len(images)), lost)
-    if not len(kept):
-        raise UserError(f"{images.source}: none of the {len(images)} {images.split} images can be decoded")
+    require_readable(images, len(kept))
     return arrays, kept, [images.name(index) for index in lost]
 
 
