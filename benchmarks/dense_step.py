@@ -1,14 +1,16 @@
 """A training step and a test image of the dense tasks, against the same models in plain mmseg and mmdet.
 
-The peers have OpenMMLab's own ViT (mmseg) or Swin (mmdet) as the backbone, the same heads and losses, and are stepped as
-mmengine's loop does (``train_step``, ``test_step``). UperNet is measured on a ViT, with our adaptors behind mmseg's ViT
-too, and Cascade Mask R-CNN on a Swin. Batches are made beforehand; ours and the peer's take turns on the same ones.
+The peers have OpenMMLab's own ViT (mmseg's, for both tasks: mmdet has none) or Swin (of each its own) as the backbone, the same
+heads and losses, and are stepped as mmengine's loop does (``train_step``, ``test_step``). Behind mmseg's ViT are our adaptors
+too. Batches are made beforehand; ours and the peer's take turns on the same ones. On a CPU the seconds are the processor's.
 
     python benchmarks/dense_step.py            # ViT-S/16 at 256 pixels, Swin-T at 256 pixels; narrow heads
     python benchmarks/dense_step.py --quick    # ViT-Ti/16 and a narrow Swin at 128 pixels, a minute
 """
 
 import argparse
+import importlib
+import itertools
 import json
 import statistics
 import tempfile
@@ -52,8 +54,8 @@ def protocols(size: Size) -> tuple[ade20k.SegmentationProtocol, coco_settings.De
     sizes = (f"augmentation.crop={p}", f"augmentation.scale={scale}", f"test.crop={p}", f"test.stride={2 * p // 3}")
     segmentation = load_protocol(ade20k.ADE20K, "tiny", (*shared, *sizes))[1]
     shapes = (f"augmentation.shorts=[{p}]", f"augmentation.crop_shorts=[{p}]", f"augmentation.crop=[{p},{p}]")
-    swin = ("optimiser.layer_decay=1", "test.score=0", f"augmentation.longest={2 * p}", "joining.drop_path=0.2")
-    return segmentation, load_protocol(coco.COCO, "tiny", (*shared, *shapes, *swin))[1]
+    others = ("test.score=0", f"augmentation.longest={2 * p}", "joining.drop_path=0.2")
+    return segmentation, load_protocol(coco.COCO, "tiny", (*shared, *shapes, *others))[1]
 
 
 class WithAdaptors(nn.Module):
@@ -75,10 +77,9 @@ class WithAdaptors(nn.Module):
         return tuple(adapt(x) for adapt, x in zip(self.adaptors, self.vit(images), strict=True))
 
 
-def peer_swin(size: Size, drop_path: float) -> nn.Module:
-    from mmdet.models.backbones import SwinTransformer
-
-    return SwinTransformer(embed_dims=size.swin, depths=size.depths, num_heads=(3, 6, 12, 24), drop_path_rate=drop_path)
+def peer_swin(package: openmmlab.Package, size: Size, drop_path: float) -> nn.Module:
+    backbones = importlib.import_module(f"{package}.models.backbones")
+    return backbones.SwinTransformer(embed_dims=size.swin, depths=size.depths, num_heads=(3, 6, 12, 24), drop_path_rate=drop_path)
 
 
 class Pair:
@@ -134,11 +135,12 @@ class Pair:
 
 
 def seconds(device: torch.device, function: Callable[..., None], *arguments: Any) -> float:
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     wait(device)
-    began = time.perf_counter()
+    began = clock()
     function(*arguments)
     wait(device)
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def compare(pair: Pair, rounds: int) -> dict[str, tuple[float, float, float]]:
@@ -177,18 +179,20 @@ def main() -> None:
         for package in ("mmseg", "mmdet"):
             openmmlab.require(package)  # type: ignore[arg-type]
         folders = [write_scenes(Path(scratch) / name, name, train=8, val=1, size=size.pixels) for name in ("ade20k", "coco")]
-        pairs = {
-            "UperNet, ViT": lambda: Pair(
-                ade20k.ADE20K, segmentation, folders[0], vit, WithAdaptors(size, segmentation.joining.drop_path), how
-            ),
-            "Cascade Mask R-CNN, Swin": lambda: Pair(
-                coco.COCO, detection, folders[1], swin, peer_swin(size, detection.joining.drop_path), how
-            ),
-        }
-        for name, make in pairs.items():
-            for what, (ours, theirs, ratio) in compare(make(), given.rounds or size.rounds).items():
-                label = f"{name}: {'a training step' if what == 'train' else 'a test image'}"
-                print(f"{label:<44}{ours:>8.3f}{theirs:>10.3f}{ratio:>8.3f}")
+        tasks: list[tuple[str, DenseTask[Any, Any], Any, Path]] = [
+            ("UperNet", ade20k.ADE20K, segmentation, folders[0]),
+            ("Cascade Mask R-CNN", coco.COCO, detection, folders[1]),
+        ]
+        for (name, task, protocol, folder), spec in itertools.product(tasks, (vit, swin)):
+            drop_path = protocol.joining.drop_path
+            peer = WithAdaptors(size, drop_path) if spec is vit else peer_swin(task.package, size, drop_path)
+            kind = "ViT" if spec is vit else "Swin"
+            if spec is swin:
+                protocol = protocol.model_copy(update={"optimiser": protocol.optimiser.model_copy(update={"layer_decay": 1.0})})
+            pair = Pair(task, protocol, folder, spec, peer, how)
+            for what, (ours, theirs, ratio) in compare(pair, given.rounds or size.rounds).items():
+                label = f"{name}, {kind}: {'a training step' if what == 'train' else 'a test image'}"
+                print(f"{label:<44}{ours:>8.3f}{theirs:>10.3f}{ratio:>8.3f}", flush=True)
                 ratios[label] = round(ratio, 3)
     found = {
         "benchmark": "dense_step",

@@ -16,6 +16,9 @@ from mte_bench.records import PREDICTIONS_NAME, Metric
 from reports.collect import Entry, Unusable
 from reports.resamples import Resamples, is_dense
 
+NO_SHARE = ("top1_mean_over_classes",)
+"""Metrics with a column in tables that are no share of right images: no file has predictions of them."""
+
 Counts = NDArray[np.int64]
 """Of images: how many encoders are right. Whole numbers, so that no rounding enters a bootstrap."""
 
@@ -112,7 +115,7 @@ class Predictions:
     def answers(self, entry: Entry, metric: str) -> Answers | None:
         """All of the file of ``entry``, which is not kept; None if there is no usable one."""
         path = _path(entry)
-        if is_dense(entry.record) or not path.is_file():
+        if is_dense(entry.record) or not path.is_file() or metric in NO_SHARE:
             return None
         try:
             return _read(path, metric, entry.record.metrics[metric])

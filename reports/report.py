@@ -13,6 +13,7 @@ from mte_bench.files import require_writable, write_json
 from mte_bench.naming import architecture_title, data_title
 from mte_bench.records import Record
 from reports.ablations import Ablation, ablations
+from reports.budget import budget
 from reports.collect import Collection, Measure, Row, collect, data_tables
 from reports.figures import FOLDER, PREFIXES, Figure, Kind, copy_pictures, draw_curves
 from reports.markdown import code, link_text, plain_text
@@ -160,6 +161,7 @@ def _section_view(part: Section) -> dict[str, Any]:
         "data": _data_text(record),
         "fingerprint": record.data.fingerprint,
         "protocols": _listed(protocols),
+        "budgets": _budgets(part),
         "chance": f"{100 / record.data.classes:.3g}" if record.data.classes and part.is_top1 else None,
         "accuracy": accuracy_table(part),
         "seeds": seed_table(part),
@@ -173,6 +175,16 @@ def _is_unpaired(row: Row, cell: Cell) -> bool:
     if row.kind != 2 or cell.value is None or cell.column.of_mte_alone:
         return False
     return cell.comparison is None or cell.comparison.interval is None
+
+
+def _budgets(part: Section) -> list[str]:
+    """What the trainings in each column took."""
+    found = []
+    for measure in part.data.measures:
+        records = [entry.record for row in part.data.rows for entry in row.cells.get(measure, {}).values()]
+        if text := budget(records):
+            found.append(plain_text(f"{measure.title}: {text}"))
+    return found
 
 
 def _chosen(column: Measure, part: Section) -> str:

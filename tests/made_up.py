@@ -47,7 +47,7 @@ def draws(accuracy, images, seed):
 
 
 def evaluation(folder, task, who, accuracy, data=SCENES, predictions=True, seed=0, names=None, right=None, **changes):
-    n, metric = data["images"]["val"], HEADLINE[task]
+    n, metric = data["images"]["val"], HEADLINE.get(task, "top1")
     right = draws(accuracy, n, seed) if right is None else right
     folder.mkdir(parents=True, exist_ok=True)
     if predictions:
@@ -61,7 +61,7 @@ def evaluation(folder, task, who, accuracy, data=SCENES, predictions=True, seed=
     record = make_record(
         **{
             "task": task,
-            "protocol": PROTOCOLS[task],
+            "protocol": PROTOCOLS.get(task) or Protocol(name=task, settings={}),
             "subject": who,
             "data": Data(split="val", **data),
             "metrics": {metric: value},

@@ -227,6 +227,26 @@ def test_images_without_annotations_are_tested_but_not_trained_on(data: Path, tm
         Instances(f"coco:{root}", "train", open_source(f"coco:{root}", "train"), least_side=65)
 
 
+def test_of_chosen_classes_alone_there_is_truth(data: Path, tmp_path: Path, error_line: Callable[..., str]) -> None:
+    spec = f"coco:{data}"
+    whole, (first, second) = {split: Instances(spec, split, open_source(spec, split)) for split in ("train", "val")}, (1, 2)  # type: ignore[arg-type]
+    name = whole["val"].classes[1]
+    spec += f"?classes={name}"
+    some = {split: Instances(spec, split, open_source(spec, split)) for split in ("train", "val")}  # type: ignore[arg-type]
+    for split, truth in some.items():
+        assert (truth.classes, truth.category_ids) == ((name,), [second])
+        of = {whole[split].images.name(index): whole[split].annotations(index) for index in range(len(whole[split].images))}
+        expected = {image: [entry for entry in entries if entry["category_id"] != first] for image, entries in of.items()}
+        if split == "train":
+            expected = {image: entries for image, entries in expected.items() if entries}
+        assert {truth.images.name(index): truth.annotations(index) for index in range(len(truth.images))} == expected
+        assert truth.fingerprint != whole[split].fingerprint
+        truth.check(trained=split == "train")
+        assert {box["bbox_label"] for index in range(len(truth.images)) for box in truth.results(index)["instances"]} == {0}
+    line = error_line(*words(data, tmp_path / "out"), "--data", f"{spec},{name[:-1]}")
+    assert "instances_train2017.json" in line and f"no category '{name[:-1]}' (did you mean '{name}'?)" in line
+
+
 @pytest.mark.parametrize(("mistake", "said"), [
     ("image", ("instances_train2017.json", "lists 1 images that are not there", ".jpg")),
     ("box", ("instances_train2017.json", "annotation 3", "outside its image")),

@@ -1,6 +1,7 @@
 """Images with boxes and masks in COCO's JSON.
 
-``PATH/annotations/instances_{train,val}YEAR.json`` with the images in ``PATH/{train,val}YEAR/``.
+``PATH/annotations/instances_{train,val}YEAR.json`` with the images in ``PATH/{train,val}YEAR/``. Of
+``coco:PATH?classes=person,car`` only these categories are learnt and tested; all others are background.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mte_bench.data.sources import ImageSet, Names, Split, Subset, fingerprint_of, parse_source
-from mte_bench.errors import UserError
+from mte_bench.errors import UserError, did_you_mean
 
 OUTSIDE = 1.0
 """Pixels by which a box may reach over the edge of its image: COCO's own are rounded."""
@@ -32,7 +33,8 @@ class Instances:
         self.file = Path(source.path).expanduser() / "annotations" / f"instances_{split}{year}.json"
         content = _read(self.file)
         try:
-            categories = sorted(content["categories"], key=lambda category: category["id"])
+            categories = self._chosen(content["categories"], source.options.get("classes"))
+            left_out = {category["id"] for category in content["categories"]} - {category["id"] for category in categories}
             self.category_ids = [category["id"] for category in categories]
             self.classes = tuple(str(category["name"]) for category in categories)
             listed = {f"{split}{year}/{image['file_name']}": image for image in content["images"]}
@@ -41,7 +43,8 @@ class Instances:
             for annotation in content["annotations"]:
                 if annotation["image_id"] not in known:
                     raise self._mistake(annotation, f"is of image {annotation['image_id']}, which is not listed")
-                found[annotation["image_id"]].append(_reduced(annotation))
+                if annotation["category_id"] not in left_out:
+                    found[annotation["image_id"]].append(_reduced(annotation))
             sizes = {name: (int(image["width"]), int(image["height"]), image["id"]) for name, image in listed.items()}
         except (KeyError, TypeError) as error:
             raise UserError(f"{self.file}: not in COCO's format (no {error} where it is needed)") from error
@@ -64,7 +67,20 @@ class Instances:
         self.sizes = [sizes[images.name(index)] for index in indices]
         self.upright = [height > width for width, height, _ in self.sizes]
         self._annotations = Names(json.dumps(found.get(number, [])) for _, _, number in self.sizes)  # small between processes
-        self.fingerprint = fingerprint_of(self.images.fingerprint.encode(), hashlib.sha256(self.file.read_bytes()).digest())
+        chosen = ("\0".join(self.classes).encode(),) if left_out else ()
+        self.fingerprint = fingerprint_of(
+            self.images.fingerprint.encode(), hashlib.sha256(self.file.read_bytes()).digest(), *chosen
+        )
+
+    def _chosen(self, categories: list[dict[str, Any]], names: str | None) -> list[dict[str, Any]]:
+        """The categories by id; of ``names``, separated by commas, only these."""
+        ordered = sorted(categories, key=lambda category: category["id"])
+        if names is None:
+            return ordered
+        wanted = {name.strip() for name in names.split(",")}
+        if unknown := sorted(wanted - (known := {str(category["name"]) for category in ordered})):
+            raise UserError(f"{self.file}: no category '{unknown[0]}'{did_you_mean(unknown[0], known)}; see classes of --data")
+        return [category for category in ordered if str(category["name"]) in wanted]
 
     def image_id(self, index: int) -> Any:
         """COCO's number of the image at ``index``."""

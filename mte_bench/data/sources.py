@@ -5,7 +5,7 @@
 | ``scenes?train=4000&val=1000&size=64&seed=0`` | the embedded data, drawn by code | class |
 | ``imagefolder:PATH``, or just ``PATH`` | ``PATH/train/<class>/*``, ``PATH/val/...`` (or ``test/``) | class, none if flat |
 | ``inat:PATH?year=2018`` | the files that ``PATH/{train,val}2018.json`` lists | category, with its taxonomy |
-| ``coco:PATH?year=2017`` | ``PATH/{train,val}2017/*`` | none |
+| ``coco:PATH?year=2017&classes=person,car`` | ``PATH/{train,val}2017/*`` | none; ``classes`` are what ``mte-bench coco`` finds |
 | ``ade20k:PATH`` | ``PATH/images/{training,validation}/*``, or ``train``, ``val`` | none |
 | ``tar:PATTERN`` | webdataset shards: braces and globs, ``{split}`` or ``?val=PATTERN`` | the ``cls`` member |
 
@@ -166,7 +166,7 @@ _KINDS: dict[str, tuple[Callable[[Source, Split], ImageSet], tuple[str, ...]]] =
     "scenes": (_scenes, ("train", "val", "size", "seed")),
     "imagefolder": (_files("open_imagefolder"), ()),
     "inat": (_inat, ("year",)),
-    "coco": (_files("open_coco"), ("year",)),
+    "coco": (_files("open_coco"), ("year", "classes")),
     "ade20k": (_files("open_ade20k"), ()),
     "tar": (_tar, ("val",)),
 }
