@@ -9,7 +9,11 @@ DENSE = {"batch_size": 8, "head": {"kind": "linear", "channels": None}, "joining
 
 def test_a_table_says_what_every_training_of_a_column_took(tmp_path):
     tuning = Protocol(name="finetune-x", version=1, settings={"batch_size": 64, "epochs": 3})
-    for name, who, seconds in (("a", subject(seed=0), 40.2), ("b", subject(mte=True, seed=0), 95.0), ("c", subject(seed=1), 61.0)):
+    for name, who, seconds in (
+        ("a", subject(seed=0), 40.2),
+        ("b", subject(mte=True, seed=0), 95.0),
+        ("c", subject(seed=1), 61.0),
+    ):
         changes = {"protocol": tuning, "cost": Cost(seconds=seconds), "details": {"steps": 150}}
         evaluation(tmp_path / f"f{name}", "finetune", who, 0.5, **changes)
     dense = {"protocol": Protocol(name="coco-x", version=1, settings=DENSE), "cost": Cost(seconds=3600.0)}
@@ -22,13 +26,16 @@ def test_a_table_says_what_every_training_of_a_column_took(tmp_path):
     assert [line for line in page.splitlines() if line.startswith("Budget")] == [
         f"Budget of each training, fine-tuned: 150 steps of 64 images (each of {train:,} seen {9600 / train:.3g} times); "
         f"40 s to 1 min 35 s on {device}.",
-        f"Budget of each training, box mAP: 1,200 steps of 8 images (each of {train:,} seen {9600 / train:.3g} times), a pyramid of "
-        f"64 channels, 2.96 M parameters in all, the encoder frozen; 1 h 00 min on {device}.",
+        f"Budget of each training, box mAP: 1,200 steps of 8 images (each of {train:,} seen {9600 / train:.3g} times), "
+        f"a pyramid of 64 channels, 2.96 M parameters in all, the encoder frozen; 1 h 00 min on {device}.",
     ]
 
 
 def test_a_model_that_was_only_tested_has_no_budget(tmp_path):
-    changes = {"protocol": Protocol(name="coco-x", version=1, settings=DENSE), "details": {"trained": {"model": "m", "sha256": "0"}}}
+    changes = {
+        "protocol": Protocol(name="coco-x", version=1, settings=DENSE),
+        "details": {"trained": {"model": "m", "sha256": "0"}},
+    }
     evaluation(tmp_path / "d", "coco", subject(seed=0), 0.5, **changes)
     assert "\nBudget" not in write_report([tmp_path], tmp_path / "out").page.read_text()
 

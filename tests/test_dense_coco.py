@@ -254,6 +254,7 @@ def test_of_chosen_classes_alone_there_is_truth(data: Path, tmp_path: Path, erro
     ("empty", ("instances_train2017.json", "category 7 (nothing)", "no image")),
     ("mask", ("instances_train2017.json", "annotation 1", "no mask")),
     ("format", ("instances_train2017.json", "not in COCO's format", "bbox")),
+    ("classes", ("train has other classes than val has", "nothing")),
 ])  # fmt: skip
 def test_mistakes_in_the_data_are_named_before_training(
     data: Path, tmp_path: Path, error_line: Callable[..., str], mistake: str, said: tuple[str, ...]
@@ -268,6 +269,8 @@ def test_mistakes_in_the_data_are_named_before_training(
     elif mistake == "empty":
         for split in ("train", "val"):
             change(root, split, lambda content: content["categories"].append({"id": 7, "name": "nothing"}))
+    elif mistake == "classes":
+        change(root, "train", lambda content: content["categories"].append({"id": 7, "name": "nothing"}))
     elif mistake == "mask":
         change(root, "train", lambda content: content["annotations"][0].pop("segmentation"))
     else:
@@ -275,6 +278,55 @@ def test_mistakes_in_the_data_are_named_before_training(
     line = error_line(*words(root, tmp_path / "out"))
     assert all(word in line for word in said), line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [
+    ("bbox", [1, 2, 3], "no box of four numbers"),
+    ("bbox", [float("nan"), 2, 3, 4], "no box of four numbers"),
+    ("bbox", ["1", 2, 3, 4], "no box of four numbers"),
+    ("segmentation", [["a"] * 6], "not lists of numbers"),
+    ("segmentation", [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4]], "three corners"),
+    ("segmentation", {"size": [64, 85]}, "neither polygons nor run lengths"),
+    ("segmentation", {"size": [10, 10], "counts": [100]}, "height and width [10, 10], its image [64, 85]"),
+    ("segmentation", {"size": [64, 85], "counts": [10, 20]}, "do not add up to its 5440 pixels"),
+    ("segmentation", {"size": [64, 85], "counts": [-10, 5450]}, "do not add up"),
+    ("segmentation", "RLE", "neither polygons nor run lengths"),
+])  # fmt: skip
+def test_a_box_or_mask_that_is_none_is_named(data: Path, tmp_path: Path, key: str, value: Any, said: str) -> None:
+    root = Path(shutil.copytree(data, tmp_path / "broken"))
+    change(root, "train", lambda content: content["annotations"][2].update({key: value}))
+    with pytest.raises(UserError, match=r"instances_train2017.json: annotation 3 ") as error:
+        train_truth(root).check(trained=True)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(("kind", "said"), [
+    ("categories", "two categories have the id 1"), ("images", "two images have the id 1"), ("names", "have the file_name 0000"),
+])  # fmt: skip
+def test_what_is_listed_twice_is_named(data: Path, tmp_path: Path, kind: str, said: str) -> None:
+    def twice(content: dict[str, Any]) -> None:
+        listed = content["categories" if kind == "categories" else "images"]
+        listed.append({**listed[0], "id": 1000} if kind == "names" else {**listed[0], "file_name": "other.jpg"})
+
+    root = Path(shutil.copytree(data, tmp_path / "broken"))
+    change(root, "train", twice)
+    with pytest.raises(UserError, match=said):
+        train_truth(root)
+
+
+def test_polygons_and_compressed_run_lengths_are_masks(data: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(data, tmp_path / "fine"))
+
+    def others(content: dict[str, Any]) -> None:
+        content["annotations"][0]["segmentation"] = [[1, 2, 3.5, 4, 5, 6], [1, 2]]
+        content["annotations"][1]["segmentation"] = compressed(content["annotations"][1]["segmentation"])
+
+    change(root, "train", others)
+    train_truth(root).check(trained=True)
+
+
+def train_truth(root: Path) -> Instances:
+    return Instances(f"coco:{root}", "train", open_source(f"coco:{root}", "train"))
 
 
 def test_another_kind_of_source_is_refused(tmp_path: Path, error_line: Callable[..., str]) -> None:

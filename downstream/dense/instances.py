@@ -6,7 +6,8 @@
 
 import hashlib
 import json
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,17 @@ class Instances:
             left_out = {category["id"] for category in content["categories"]} - {category["id"] for category in categories}
             self.category_ids = [category["id"] for category in categories]
             self.classes = tuple(str(category["name"]) for category in categories)
+            self._no_two("categories have the id", [category["id"] for category in content["categories"]])
+            self._no_two("images have the id", [image["id"] for image in content["images"]])
+            self._no_two("images have the file_name", [image["file_name"] for image in content["images"]])
             listed = {f"{split}{year}/{image['file_name']}": image for image in content["images"]}
             known = {image["id"] for image in content["images"]}
             found: dict[Any, list[dict[str, Any]]] = defaultdict(list)
             for annotation in content["annotations"]:
                 if annotation["image_id"] not in known:
                     raise self._mistake(annotation, f"is of image {annotation['image_id']}, which is not listed")
+                if not _is_box(annotation["bbox"]):
+                    raise self._mistake(annotation, f"has no box of four numbers (bbox is {annotation['bbox']})")
                 if annotation["category_id"] not in left_out:
                     found[annotation["image_id"]].append(_reduced(annotation))
             sizes = {name: (int(image["width"]), int(image["height"]), image["id"]) for name, image in listed.items()}
@@ -116,8 +122,8 @@ class Instances:
                 if min(x, y) < -OUTSIDE or x + w > width + OUTSIDE or y + h > height + OUTSIDE or w < 0 or h < 0:
                     where = f"box {[x, y, w, h]} lies outside its image {self.images.name(index)} ({width} x {height})"
                     raise self._mistake(entry, where)
-                if not entry["segmentation"]:
-                    raise self._mistake(entry, "has no mask (segmentation)")
+                if wrong := _mask_mistake(entry["segmentation"], height, width):
+                    raise self._mistake(entry, wrong)
                 seen.add(entry["category_id"])
         if trained and self.images.subset is None and (empty := [c for c in self.category_ids if c not in seen]):
             name = self.classes[self.category_ids.index(empty[0])]
@@ -125,8 +131,43 @@ class Instances:
                 f"{self.file}: category {empty[0]} ({name}) has no image to learn from, and {len(empty) - 1} more; unlist them"
             )
 
+    def _no_two(self, what: str, keys: list[Any]) -> None:
+        if twice := [key for key, count in Counter(keys).items() if count > 1]:
+            raise UserError(f"{self.file}: two {what} {twice[0]}; remove one")
+
     def _mistake(self, annotation: dict[str, Any], what: str) -> UserError:
         return UserError(f"{self.file}: annotation {annotation.get('id')} {what}; mend or remove it")
+
+
+def _is_box(box: Any) -> bool:
+    return isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _mask_mistake(mask: Any, height: int, width: int) -> str:
+    """What is wrong with a ``segmentation``; "" if it is one of COCO's: polygons, run lengths, compressed run lengths.
+
+    Polygons without three corners are allowed beside others, as the models leave them out.
+    """
+    if not mask:
+        return "has no mask (segmentation)"
+    if isinstance(mask, list):
+        if not all(isinstance(polygon, list) and all(map(_is_number, polygon)) for polygon in mask):
+            return "has a mask whose polygons are not lists of numbers (segmentation)"
+        corners = any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask)
+        return "" if corners else "has a mask without a polygon of three corners, x and y of each (segmentation)"
+    if not isinstance(mask, dict) or not isinstance(mask.get("counts"), list | str) or "size" not in mask:
+        return "has a mask that is neither polygons nor run lengths with counts and size (segmentation)"
+    if list(mask["size"]) != [height, width]:
+        return f"has a mask of height and width {mask['size']}, its image {[height, width]}"
+    if isinstance(runs := mask["counts"], list) and (
+        not all(isinstance(run, int) and run >= 0 for run in runs) or sum(runs) != height * width
+    ):
+        return f"has a mask whose run lengths (counts) do not add up to its {height * width} pixels"
+    return ""
 
 
 def _reduced(annotation: dict[str, Any]) -> dict[str, Any]:

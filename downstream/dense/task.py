@@ -162,7 +162,8 @@ def prepare(
     for truth in splits.values():
         if truth.classes != classes:
             strange = sorted(set(truth.classes) ^ set(classes)) or ["their order"]
-            raise UserError(f"{request.data}: {truth.images.split} has other classes than trained on ({', '.join(strange[:3])})")
+            than = "the model was trained on" if finished else f"{val.images.split} has"
+            raise UserError(f"{request.data}: {truth.images.split} has other classes than {than} ({', '.join(strange[:3])})")
     openmmlab.require(task.package)
 
     def model() -> Any:
