@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -220,6 +221,28 @@ def test_ade20k_annotations_are_the_masks_that_were_drawn(tmp_path: Path) -> Non
     assert list(rows[0]) == ["Idx", "Ratio", "Train", "Val", "Stuff", "Name"]
     assert [row["Name"] for row in rows] == [*CLASSES, "ground"]
     assert rows[-1]["Train"] == "4" and 0.9 < sum(float(row["Ratio"]) for row in rows) <= 1.0005
+
+
+@pytest.mark.parametrize("layout", ["coco", "ade20k"])
+def test_one_thing_in_an_image_is_the_large_one_of_the_source_and_two_are_at_most_two(tmp_path: Path, layout: str) -> None:
+    images = {"coco": "train2017/*.jpg", "ade20k": "images/training/*.jpg"}[layout]
+    folder = write_scenes(tmp_path / "one", layout, train=3, val=1, size=64, things=1)
+    single = write_scenes(tmp_path / "single", "imagefolder", train=3, val=1, size=64)
+    drawn = {path.read_bytes() for path in single.glob("train/*/*.jpg")}
+    assert {path.read_bytes() for path in folder.glob(images)} == drawn and len(drawn) == 3
+    if layout == "coco":
+        write_scenes(tmp_path / "two", layout, train=30, val=1, size=32, things=2)
+        for name, most in (("one", 1), ("two", 2)):
+            content = json.loads((tmp_path / name / "annotations" / "instances_train2017.json").read_text())
+            counts = Counter(annotation["image_id"] for annotation in content["annotations"])
+            assert max(counts.values()) == most
+
+
+def test_things_are_for_layouts_of_several(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--things 2: images of inat have one thing each"):
+        write_scenes(tmp_path / "out", "inat", train=1, val=1, things=2)
+    with pytest.raises(UserError, match="--things 0: at least 1"):
+        write_scenes(tmp_path / "out", "coco", train=1, val=1, things=0)
 
 
 @pytest.mark.shared_data

@@ -17,6 +17,7 @@ def write(
     val: Annotated[int, typer.Option("--val", help="Validation images.")] = 1000,
     size: Annotated[int | None, typer.Option("--size", help="Shorter side in pixels (64; coco and ade20k: 160).")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Another seed, other images.")] = 0,
+    things: Annotated[int | None, typer.Option("--things", help="At most per image of coco and ade20k (6); 1 is large.")] = None,
 ) -> None:
     """Draw the embedded data into a folder."""
     from mte_bench.console import log
@@ -25,7 +26,7 @@ def write(
 
     if what != "scenes":
         raise UserError(f"data write: nothing is called '{what}'{did_you_mean(what, ['scenes'])}")
-    folder = write_scenes(out, format, train, val, size, seed)
+    folder = write_scenes(out, format, train, val, size, seed, things)
     log(f"wrote {train} + {val} images; use them as --data {format}:{folder}")
 
 

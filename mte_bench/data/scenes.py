@@ -21,6 +21,9 @@ SPLITS = ("train", "val")
 TILT = 0.45
 """Things stand upright, give or take so many radians."""
 
+MOST = 6
+"""Things in an image of several, unless said otherwise."""
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -81,7 +84,7 @@ def draw(seed: int, split: str, index: int, size: int = 64) -> Drawing:
     return canvas.finish(rng)
 
 
-def draw_many(seed: int, split: str, index: int, height: int, width: int, most: int = 6) -> Drawing:
+def draw_many(seed: int, split: str, index: int, height: int, width: int, most: int = MOST) -> Drawing:
     """Image ``index`` of ``split`` with one to ``most`` smaller things, which may hide parts of each other.
 
     A thing of which less than a quarter can be seen is left out: its pixels are then clutter.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mte_bench.data.scenes import CLASSES, KINDS, Drawing, Kind, Masks, draw, draw_many
+from mte_bench.data.scenes import CLASSES, KINDS, MOST, Drawing, Kind, Masks, draw, draw_many
 from mte_bench.errors import UserError, did_you_mean
 from mte_bench.files import write_text
 
@@ -25,12 +25,13 @@ SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class Plan:
-    """How many images of what size (shorter side, pixels) from which seed."""
+    """How many images of what size (shorter side, pixels) from which seed, and how many things there may be in one."""
 
     train: int = 4000
     val: int = 1000
     size: int = 64
     seed: int = 0
+    things: int = MOST
 
     def count(self, split: str) -> int:
         return self.train if split == "train" else self.val
@@ -40,32 +41,50 @@ class Plan:
         return (draw(self.seed, split, index, self.size) for index in range(self.count(split)))
 
     def many(self, split: str) -> Iterator[Drawing]:
-        """Images of several things, 4 : 3."""
-        return (draw_many(self.seed, split, i, self.size, round(self.size * 4 / 3)) for i in range(self.count(split)))
+        """Images of up to ``things`` things, 4 : 3; of one they are those of ``single``, where it is large."""
+        if self.things == 1:
+            return self.single(split)
+        shape = self.size, round(self.size * 4 / 3)
+        return (draw_many(self.seed, split, i, *shape, most=self.things) for i in range(self.count(split)))
 
 
 def write_scenes(
-    folder: str | Path, layout: str, train: int = 4000, val: int = 1000, size: int | None = None, seed: int = 0
+    folder: str | Path,
+    layout: str,
+    train: int = 4000,
+    val: int = 1000,
+    size: int | None = None,
+    seed: int = 0,
+    things: int | None = None,
 ) -> Path:
     """Draw scenes into ``folder``, a new or empty one, as ``layout`` (a name in ``LAYOUTS``); returns the folder.
 
-    ``size`` is the shorter side in pixels: 64 for the layouts with one thing per image, 160 for those with several.
+    ``size`` is the shorter side in pixels: 64 for the layouts with one thing per image, 160 for those with several,
+    of which an image has at most ``things`` (6).
     The folder appears under its name when it is complete. Raises ``UserError`` if it is not empty or cannot be written.
     """
     if layout not in LAYOUTS:
         raise UserError(f"--format {layout}: unknown layout{did_you_mean(layout, LAYOUTS)}")
-    for option, number, least in (("train", train, 1), ("val", val, 1), ("size", size or 64, 16), ("seed", seed, 0)):
+    for option, number, least in (
+        ("train", train, 1),
+        ("val", val, 1),
+        ("size", size or 64, 16),
+        ("seed", seed, 0),
+        ("things", MOST if things is None else things, 1),
+    ):
         if number < least:
             raise UserError(f"--{option} {number}: at least {least}")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already there and not empty; remove it or choose another --out")
     write, usual_size = LAYOUTS[layout]
+    if things is not None and usual_size != _MANY_SIZE:
+        raise UserError(f"--things {things}: images of {layout} have one thing each; it is for coco and ade20k")
     unfinished: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        write(unfinished, Plan(train, val, size or usual_size, seed))
+        write(unfinished, Plan(train, val, size or usual_size, seed, MOST if things is None else things))
         mask = os.umask(0)
         os.umask(mask)
         unfinished.chmod(0o777 & ~mask)
