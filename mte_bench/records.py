@@ -1,6 +1,7 @@
 """Records: one result with all that is needed to trust and repeat it (``record.json``)."""
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -160,6 +161,8 @@ def read_record(path: str | Path) -> Record:
     """Read and validate one record file; raises ``UserError`` naming the file if it is broken or of another schema."""
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a readable record (no regular file)")  # a named pipe would be waited for
         values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
         raise UserError(f"{path}: no such record") from None
@@ -176,16 +179,32 @@ def _no_number(text: str) -> None:
 
 
 def find_records(paths: Iterable[str | Path]) -> list[Path]:
-    """All ``record.json`` below the given folders (or the given files), sorted, each once."""
+    """All ``record.json`` below the given folders (or the given files): real paths, sorted, each once.
+
+    One that cannot be read (a link to nowhere, a folder of that name) is among them, and so is one in each folder that cannot
+    be looked into, which may hold some: ``read_record`` says why. Raises ``UserError`` for a path that does not exist.
+    """
     found: set[Path] = set()
+
+    def closed(error: OSError) -> None:
+        found.add(Path(error.filename) / RECORD_NAME)
+
     for path in map(Path, paths):
         if path.is_dir():
-            found.update(path.rglob(RECORD_NAME))
+            below = os.walk(path, onerror=closed)
+            found.update(Path(folder) / RECORD_NAME for folder, folders, files in below if RECORD_NAME in (*folders, *files))
         elif path.is_file():
             found.add(path)
         else:
             raise UserError(f"{path}: no such run folder or record")
-    return sorted(found)
+    return sorted(set(map(_real, found)))
+
+
+def _real(path: Path) -> Path:
+    with suppress(OSError):  # it lies in a folder that cannot be looked into
+        if path.is_file():
+            return path.resolve()
+    return path.parent.resolve() / path.name
 
 
 _PACKAGES = ("torch", "torchvision", "timm", "faiss-cpu", "scikit-learn", "numpy", "pillow")

@@ -107,10 +107,9 @@ def collect(paths: Iterable[str | Path]) -> Collection:
     Raises ``UserError`` if a path does not exist or nothing usable is found.
     """
     paths = list(paths)
-    found = sorted({path.resolve() for path in find_records(paths)})
     entries: list[Entry] = []
     unusable: list[Unusable] = []
-    for path in found:
+    for path in find_records(paths):
         try:
             entries.append(Entry(path.parent, read_record(path)))
         except (UserError, RecursionError) as error:

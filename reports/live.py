@@ -37,7 +37,7 @@ def _state(records: list[Path]) -> list[tuple[Path, int, int]]:
     for path in records:
         try:
             status = path.stat()
-        except FileNotFoundError:  # its run was removed just now
+        except OSError:  # its run was removed just now, or it is a link to nowhere
             continue
         found.append((path, status.st_mtime_ns, status.st_size))
     return found

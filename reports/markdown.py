@@ -71,8 +71,9 @@ def probability(value: float | None) -> str:
 
 
 def link(path: Path, out: Path) -> str:
-    """``path`` relative to the report, as a link writes it."""
-    return quote(Path(os.path.relpath(path.resolve(), out.resolve())).as_posix())
+    """``path`` relative to the report, as a link writes it; of what is itself a link, the place of that."""
+    place = Path(os.path.realpath(path.parent)) / path.name
+    return quote(Path(os.path.relpath(place, os.path.realpath(out))).as_posix())
 
 
 def link_text(path: Path, out: Path) -> str:
