@@ -13,7 +13,8 @@ def tasks() -> list[dict[str, Any]]:
     from downstream import commands
     from downstream.analysis.commands import analyze
 
-    analyses = [command.callback for command in analyze.registered_commands if command.callback]
+    # patch-knn is the task knn under a protocol of its own.
+    analyses = [command.callback for command in analyze.registered_commands if command.callback and command.name != "patch-knn"]
     own = ("knn", "linear", "classify", "finetune", "inat", "retrieval", "ade20k", "coco")
     offered = [*(("", getattr(commands, name)) for name in own), *(("analyze ", function) for function in analyses)]
     named = [(group, function.__name__.replace("_", "-"), function) for group, function in offered]

@@ -33,3 +33,13 @@ def test_all_patches_are_the_mean_patch(tmp_path):
 def test_a_kind_by_itself_that_takes_too_many_patches_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"'patches-top17': an image of 32 pixels has only 16 patches; choose fewer"):
         run(["knn", ENCODER, *DATA, "--set", "feature=patches-top17", "--set", "k=[3]", "--out", str(tmp_path)])
+
+
+def test_the_analysis_of_that_name_is_knn_under_that_protocol(tmp_path):
+    options = [ENCODER, *DATA, "--set", "k=[3]"]
+    knn = run(["knn", *options, "--protocol", "knn-patches", "--out", str(tmp_path / "a"), "--cache", str(tmp_path / "a")])
+    same = run(["analyze", "patch-knn", *options, "--out", str(tmp_path / "b"), "--cache", str(tmp_path / "b")])
+    assert (same.task, same.protocol, same.metrics) == (knn.task, knn.protocol, knn.metrics)
+    swin = "random:swin_tiny_patch4_window7_224?image_size=32&window_size=4&embed_dim=12&depths=[1,1,1,1]&num_heads=[1,1,2,2]"
+    kinds = ["--set", "feature=global,patch-mean", "--set", "k=[3]", "--out", str(tmp_path / "swin")]
+    assert set(run(["analyze", "patch-knn", swin, *DATA, *kinds]).metrics) >= {"top1_k3_global", "top1_k3_patch-mean"}

@@ -8,6 +8,7 @@ from downstream.commands import (
     AllowCorrupt,
     AllowPartial,
     BatchSize,
+    Cache,
     Checkpoint,
     Device,
     DryRun,
@@ -160,6 +161,31 @@ def pairs(
     from downstream.analysis.pairs import PAIRS
 
     return _study(PAIRS, **options)
+
+
+@analyze.command(name="patch-knn")
+def patch_knn(
+    checkpoint: Checkpoint,
+    data: Source,
+    out: Out = None,
+    protocol: Protocol = "knn-patches",
+    set_: Set = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    cache: Cache = None,
+    allow_corrupt: AllowCorrupt = 0,
+    allow_partial: AllowPartial = False,
+    json: Json = False,
+    dry_run: DryRun = False,
+    smoke: Smoke = False,
+) -> Any:
+    """k-NN on the mean of the patches that CLS attends to most or least, of all of them, and on the global token."""
+    options = dict(locals())
+    from downstream.commands import knn
+
+    return knn(**options)
 
 
 @analyze.command(name="token-quality")
