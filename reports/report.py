@@ -137,8 +137,8 @@ def _data_text(record: Record) -> str:
 
 
 def _again(runs: Iterable[str | Path], out: Path, pictures_of_images: bool) -> str:
-    """The command that writes this report again, from the report's own folder."""
-    words = ["mte-bench", "report", *(link_text(Path(run), out) for run in runs), "--out", "."]
+    """The command that writes this report again, from the report's own folder, whatever order the runs were named in."""
+    words = ["mte-bench", "report", *sorted({link_text(Path(run), out) for run in runs}), "--out", "."]
     return shlex.join(words if pictures_of_images else [*words, "--no-pictures-of-images"])
 
 
