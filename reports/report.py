@@ -14,7 +14,7 @@ from mte_bench.naming import architecture_title, data_title
 from mte_bench.records import Record
 from reports.ablations import Ablation, ablations
 from reports.budget import budget
-from reports.collect import Collection, Measure, Row, collect, data_tables
+from reports.collect import Collection, Entry, Measure, Row, collect, data_tables
 from reports.figures import FOLDER, PREFIXES, Figure, Kind, copy_pictures, draw_curves
 from reports.markdown import code, link_text, plain_text
 from reports.page import write_page
@@ -22,7 +22,7 @@ from reports.paper import paper, same_data
 from reports.predictions import Predictions
 from reports.runs import cost_table, environments, machinery, period, record_table
 from reports.tables import Cell, Section, accuracy_table, cell_summary, section, seed_table
-from reports.topics import TOPICS, Topic
+from reports.topics import TOPICS, Topic, is_evaluation
 
 PAGE, SUMMARY = "report.md", "report.json"
 SCHEMA_VERSION = 1
@@ -92,7 +92,7 @@ def _title(sections: Sequence[Section], collection: Collection) -> str:
     titles = [row.title for part in sections for row, _ in part.cells if row.kind > 0]
     if not titles:
         titles = [entry.title for entry in collection.entries]
-    data = [data_title(entry.record.data.source) for entry in collection.entries]
+    data = [data_title(entry.record.data.source) for entry in _compared(collection)]
     several = list(dict.fromkeys(title.removesuffix("+MTE") for title in titles))
     if len(several) > 3:
         with_mte = ", with and without MTE," if any(title.endswith("+MTE") for title in titles) else ""
@@ -108,7 +108,7 @@ def _opening(collection: Collection, sections: Sequence[Section]) -> dict[str, s
     evaluated = [record for record in found if "train" in record.data.images or _of_val(record) not in trained_on]
     seeds = sorted({record.subject.seed for record in all_records if record.subject.seed is not None})
     return {
-        "methods": plain_text(_listed(entry.title for entry in collection.entries)),
+        "methods": plain_text(_listed(entry.title for entry in _compared(collection))),
         "architectures": plain_text(_listed(architecture_title(record.subject) for record in all_records)),
         "data": _listed(f"{_data_title(record)} ({_data_text(record)})" for record in evaluated),
         "seeds": f"seed{'s' if len(seeds) > 1 else ''} {_listed(map(str, seeds))}" if seeds else "",
@@ -121,6 +121,15 @@ def _opening(collection: Collection, sections: Sequence[Section]) -> dict[str, s
 def _of_val(record: Record) -> tuple[str, int | None]:
     """Equal for the same images to validate on, also where those to train on were not looked at."""
     return record.data.source, record.data.images.get("val")
+
+
+def _compared(collection: Collection) -> Sequence[Entry]:
+    """The entries that tell what a report is of: not cost, which is measured on noise, nor analyses of several runs."""
+
+    def tells(record: Record) -> bool:
+        return record.data.split != "none" and (not record.subject.parts or is_evaluation(record))
+
+    return [entry for entry in collection.entries if tells(entry.record)] or collection.entries
 
 
 def _data_title(record: Record) -> str:

@@ -110,7 +110,7 @@ def analysis(folder, task, who, data=SCENES, **changes):
         task=task,
         protocol=Protocol(name="default"),
         subject=who,
-        data=Data(split="val", **data),
+        data=Data(**{"split": "val"} | data),
         metrics={"mean": Metric(value=0.5, n=400)},
         cost=Cost(seconds=1.0),
         environment=ENVIRONMENT,

@@ -23,7 +23,7 @@ from made_up import (
 )
 from mte_bench.errors import UserError
 from mte_bench.naming import architecture_title, data_title, method_title
-from mte_bench.records import Metric, Protocol
+from mte_bench.records import Metric, Protocol, Subject
 from mte_bench.statistics import bootstrap_ci, mcnemar, paired_bootstrap
 from reports.commands import report
 from reports.report import write_report
@@ -252,6 +252,20 @@ def test_the_same_records_give_the_same_bytes_also_in_place_and_in_another_order
     time.tzset()
     write_report([*reversed(runs), runs[0]], tmp_path / "a" / "c")
     assert files_below(tmp_path / "a" / "b") == files_below(tmp_path / "a" / "c")
+
+
+def test_the_opening_names_encoders_and_images_and_neither_noise_nor_analyses_of_several_runs(tmp_path):
+    build_runs(tmp_path / "runs", seeds=(0,))
+    both = Subject.ensemble([subject(), subject(True)])
+    analysis(tmp_path / "runs" / "joint", "convergence", both)
+    noise = {"source": "noise", "classes": None, "fingerprint": "none", "images": {"step": 8}, "split": "none"}
+    analysis(tmp_path / "runs" / "cost", "cost", subject(), noise)
+    page = write_report([tmp_path / "runs"], tmp_path / "report").page.read_text()
+    assert page.startswith("# DINO and DINO+MTE on scenes\n")
+    assert "Compared here: random encoder, DINO and DINO+MTE (" in page
+    evaluation(tmp_path / "runs" / "ensemble", "knn", both, 0.7)
+    page = write_report([tmp_path / "runs"], tmp_path / "report").page.read_text()
+    assert "Compared here: random encoder, DINO, DINO+MTE and DINO &amp; DINO+MTE (" in page
 
 
 def test_every_picture_and_link_of_the_page_is_there(tmp_path):
