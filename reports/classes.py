@@ -163,7 +163,7 @@ def _class(
         a=100 * float(a[rows].mean()),
         b=100 * float(b[rows].mean()),
         gained=float(change[change > 0].sum()),
-        lost=float(-change[change < 0].sum()),
+        lost=float((-change[change < 0]).sum()),  # 0, not -0, where there are none
         winning=examples(change),
         losing=examples(-change),
     )

@@ -48,6 +48,7 @@ def test_classes_add_up_to_the_totals(tmp_path, capsys):
     classes = found[0]["classes"]
     assert sum(row["images"] for row in classes) == len(a) == SCENES["images"]["val"]
     assert sum(row["gained"] for row in classes) == (b & ~a).sum() and sum(row["lost"] for row in classes) == (a & ~b).sum()
+    assert any(row["lost"] == 0 for row in classes) and not any(np.signbit(row["lost"]) for row in classes)  # no "-0"
     for side, answers in (("a", a), ("b", b)):
         assert sum(row[side] / 100 * row["images"] for row in classes) == pytest.approx(answers.sum())
     labels = np.arange(len(a)) % SCENES["classes"]
