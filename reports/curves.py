@@ -128,13 +128,16 @@ def mean_of(runs: Sequence[Points]) -> Points:
 
 
 def draw_line(axes: "Axes", line: Line[Any], runs: Sequence[Points], mean: Points) -> tuple[float, float]:
-    """The ``runs`` (``n 2``) of the line's seeds thin, their ``mean`` thick; returns where it ends."""
+    """The ``runs`` (``n 2``) of the line's seeds thin (dots if of one point), their ``mean`` thick; returns where it ends."""
     from matplotlib.collections import LineCollection
 
     style = "-" if line.mte else (0, (4, 1.6))
     if len(runs) > 1:  # one artist for all: many seeds would take a second a picture
         axes.add_collection(LineCollection(list(runs), colors=line.colour, linestyles=[style], linewidths=0.8, alpha=0.4))
         axes.autoscale_view()
+        if dots := [run for run in runs if len(run) == 1]:  # a line through one point is none
+            looks: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 3, "alpha": 0.4}
+            axes.plot(*np.concatenate(dots).T, color=line.colour, **looks)
     if not len(mean):
         return float(runs[0][-1, 0]), float(runs[0][-1, 1])
     marker = "o" if len(mean) <= MARKED else None

@@ -12,7 +12,7 @@ from mte_bench.records import read_record
 from mte_bench.training.live import Curves
 from reports.collect import Unusable, collect
 from reports.convergence import convergence, crossing
-from reports.curves import curve_lines
+from reports.curves import Line, curve_lines, draw_line, mean_of
 from reports.report import write_report
 from reports.token_counts import token_counts
 
@@ -76,6 +76,18 @@ def test_what_was_not_finite_is_null_in_curves_and_no_reader_minds(tmp_path: Pat
     unusable: list[Unusable] = []
     read = list(curve_lines(collect([str(folder)]).of("pretrain")[0], unusable))
     assert len(read) == len(lines) and read[-1] == {"step": 302, "epoch": 30.2, "seconds": 9.0, "loss": 2.5} and not unusable
+
+
+def test_seeds_of_one_point_are_seen_beside_their_mean() -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    runs = [np.array([[5.0, value]]) for value in (29.7, 30.9)]
+    assert draw_line(axes, Line("DINO", "dino", False, "black", ()), runs, mean_of(runs)) == pytest.approx((5, 30.3))
+    dots, mean = axes.lines
+    assert dots.get_ydata().tolist() == [29.7, 30.9] and dots.get_marker() == "o" and len(mean.get_ydata()) == 1
+    low, high = axes.get_ylim()
+    assert low < 29.7 and high > 30.9
 
 
 def test_a_crossing_lies_on_the_line_between_two_looks() -> None:
