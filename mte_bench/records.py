@@ -179,7 +179,7 @@ def _no_number(text: str) -> None:
 
 
 def find_records(paths: Iterable[str | Path]) -> list[Path]:
-    """All ``record.json`` below the given folders (or the given files): real paths, sorted, each once.
+    """All ``record.json`` below the given folders (or the given files), sorted; one that is reached by several ways, once.
 
     One that cannot be read (a link to nowhere, a folder of that name) is among them, and so is one in each folder that cannot
     be looked into, which may hold some: ``read_record`` says why. Raises ``UserError`` for a path that does not exist.
@@ -197,7 +197,7 @@ def find_records(paths: Iterable[str | Path]) -> list[Path]:
             found.add(path)
         else:
             raise UserError(f"{path}: no such run folder or record")
-    return sorted(set(map(_real, found)))
+    return sorted({_real(path): path for path in sorted(found, reverse=True)}.values())
 
 
 def _real(path: Path) -> Path:
