@@ -37,7 +37,7 @@ def publish_runs(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
         if start.resolve().is_relative_to(out.resolve()):
             raise UserError(f"{run}: lies in {out} already; report on it without --publish, or give the folder it came from")
         for path in find_records([run]):
-            folder = path.parent
+            folder = path.parent.resolve()
             if folder.is_relative_to(out.resolve()):
                 continue  # published earlier, into a folder below the runs
             place = folder.relative_to(top)

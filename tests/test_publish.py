@@ -128,6 +128,16 @@ def test_publishing_adds_to_what_is_there_and_refuses_what_would_lie_in_one_plac
         publish_runs([tmp_path / "out" / "knn"], tmp_path / "out")
 
 
+def test_runs_may_be_named_from_where_one_stands(tmp_path, monkeypatch):
+    build_runs(tmp_path / "runs", seeds=(0,), data=CIFAR)
+    monkeypatch.chdir(tmp_path)
+    whole = publish_runs([tmp_path / "runs"], tmp_path / "whole")
+    assert whole and [path.relative_to("out") for path in publish_runs(["runs"], "out")] == [
+        path.relative_to(tmp_path / "whole") for path in whole
+    ]
+    assert files_below(Path("out")) == files_below(tmp_path / "whole")
+
+
 def test_a_published_folder_among_the_runs_is_not_published_into_itself(tmp_path):
     evaluation(tmp_path / "dino" / "knn", "knn", subject(), 0.5)
     for _ in range(2):
