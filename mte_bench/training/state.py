@@ -15,6 +15,8 @@ FORMAT = 1
 
 def write(folder: Path, state: dict[str, Any]) -> None:
     """Write ``state``, which has its ``identity``, into ``folder`` atomically."""
+    for left in folder.glob(f".{NAME}.*"):  # by a process that was killed while it wrote: as large as the state
+        left.unlink(missing_ok=True)
     with atomic(folder / NAME) as path:
         torch.save({"format": FORMAT, **state}, path)
 
