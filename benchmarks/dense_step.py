@@ -11,15 +11,12 @@ too. Batches are made beforehand; ours and the peer's take turns on the same one
 import argparse
 import importlib
 import itertools
-import json
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from beside_peer import Comparison
 from torch import nn
 
 from downstream.dense import ade20k, coco, coco_settings, openmmlab
@@ -29,12 +26,9 @@ from downstream.evaluate import load_protocol
 from downstream.features import Pass
 from mte_bench.data.scenes_formats import write_scenes
 from mte_bench.data.sources import open_source
-from mte_bench.device import pick_device, wait
+from mte_bench.device import pick_device
 from mte_bench.encoders.encoder import EncoderSpec, fresh_encoder
-from mte_bench.records import environment
 
-FLOOR = 1.05
-"""The most that ours may take, times the peer's."""
 BATCH = 2
 
 
@@ -134,33 +128,6 @@ class Pair:
             self.theirs.test_step({key: [value] for key, value in packed.items()})
 
 
-def seconds(device: torch.device, function: Callable[..., None], *arguments: Any) -> float:
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    wait(device)
-    began = clock()
-    function(*arguments)
-    wait(device)
-    return clock() - began
-
-
-def compare(pair: Pair, rounds: int) -> dict[str, tuple[float, float, float]]:
-    """Median seconds of ours and of the peer, and the median of the rounds' ratios, of a training step and of a test."""
-    found = {}
-    for what in ("train", "test"):
-        ours, theirs = getattr(pair, f"{what}_ours"), getattr(pair, f"{what}_theirs")
-        times = []
-        for turn in range(rounds + 1):  # the first one warms up
-            arguments = [pair.batches[turn % len(pair.batches)]] if what == "train" else []
-            both = [(ours, 0), (theirs, 1)] if turn % 2 else [(theirs, 1), (ours, 0)]
-            taken = [0.0, 0.0]
-            for function, place in both:
-                taken[place] = seconds(pair.how.device, function, *arguments)
-            times.append(taken)
-        ratio = statistics.median(mine / peer for mine, peer in times[1:])
-        found[what] = (statistics.median(t[0] for t in times[1:]), statistics.median(t[1] for t in times[1:]), ratio)
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller encoders and images, fewer rounds")
@@ -173,8 +140,7 @@ def main() -> None:
         arch="vit_tiny_patch16_224", image_size=size.pixels, options={"embed_dim": size.vit, "num_heads": size.heads}
     )
     swin = EncoderSpec(arch="swin_tiny_patch4_window7_224", options={"embed_dim": size.swin, "depths": list(size.depths)})
-    ratios: dict[str, float] = {}
-    print(f"{'':<44}{'ours, s':>8}{'peer, s':>10}{'ratio':>8}")
+    table = Comparison("dense_step", "a training step", given.quick)
     with tempfile.TemporaryDirectory() as scratch:
         for package in ("mmseg", "mmdet"):
             openmmlab.require(package)  # type: ignore[arg-type]
@@ -190,18 +156,8 @@ def main() -> None:
             if spec is swin:
                 protocol = protocol.model_copy(update={"optimiser": protocol.optimiser.model_copy(update={"layer_decay": 1.0})})
             pair = Pair(task, protocol, folder, spec, peer, how)
-            for what, (ours, theirs, ratio) in compare(pair, given.rounds or size.rounds).items():
-                label = f"{name}, {kind}: {'a training step' if what == 'train' else 'a test image'}"
-                print(f"{label:<44}{ours:>8.3f}{theirs:>10.3f}{ratio:>8.3f}", flush=True)
-                ratios[label] = round(ratio, 3)
-    found = {
-        "benchmark": "dense_step",
-        "ratios": ratios,
-        "floor": FLOOR,
-        "quick": given.quick,
-        "machine": environment()["device"],
-    }
-    print(json.dumps(found))
+            table.add(f"{name}, {kind}", pair, given.rounds or size.rounds)
+    table.close()
 
 
 if __name__ == "__main__":

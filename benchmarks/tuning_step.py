@@ -9,14 +9,13 @@ batches; on a CPU the seconds are the processor's.
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from dense_step import FLOOR, compare
+from beside_peer import Comparison
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
@@ -28,7 +27,6 @@ from downstream.tuning.tuner import Batch, Tuner
 from mte_bench.data.sources import open_source
 from mte_bench.device import pick_device
 from mte_bench.encoders.checkpoint import open_checkpoint
-from mte_bench.records import environment
 
 ARCHS = {"ViT-S/16": ("vits", "vit_small_patch16_224"), "Swin-T": ("swint", "swin_tiny_patch4_window7_224")}
 """What is measured: its protocol, and its name in timm."""
@@ -88,23 +86,12 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     given = parser.parse_args()
     how, rounds = Pass(device=pick_device(given.device)), given.rounds or (5 if given.quick else 15)
-    ratios: dict[str, float] = {}
-    print(f"{'':<44}{'ours, s':>8}{'peer, s':>10}{'ratio':>8}")
+    table = Comparison("tuning_step", "a fine-tuning step", given.quick)
     for name, (protocol, arch) in ARCHS.items():
         with tempfile.TemporaryDirectory() as scratch:
             pair = Pair(protocol, arch, 2 if given.quick else 8, Path(scratch), how)
-            for what, (ours, theirs, ratio) in compare(pair, rounds).items():
-                label = f"{name}: {'a fine-tuning step' if what == 'train' else 'a test image'}"
-                print(f"{label:<44}{ours:>8.3f}{theirs:>10.3f}{ratio:>8.3f}", flush=True)
-                ratios[label] = round(ratio, 3)
-    found = {
-        "benchmark": "tuning_step",
-        "ratios": ratios,
-        "floor": FLOOR,
-        "quick": given.quick,
-        "machine": environment()["device"],
-    }
-    print(json.dumps(found))
+            table.add(name, pair, rounds)
+    table.close()
 
 
 if __name__ == "__main__":
