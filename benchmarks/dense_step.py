@@ -27,7 +27,8 @@ from downstream.features import Pass
 from mte_bench.data.scenes_formats import write_scenes
 from mte_bench.data.sources import open_source
 from mte_bench.device import pick_device
-from mte_bench.encoders.encoder import EncoderSpec, fresh_encoder
+from mte_bench.encoders.encoder import EncoderSpec
+from mte_bench.encoders.initial import fresh_encoder
 
 BATCH = 2
 

@@ -23,7 +23,8 @@ from downstream.linear.heads import Heads, HeadTrainer, fresh_heads
 from downstream.linear.probe import IBOT_RATES
 from downstream.linear.ridge import Moments
 from mte_bench.device import forget_peak, peak_memory, pick_device, wait
-from mte_bench.encoders.encoder import EncoderSpec, fresh_encoder
+from mte_bench.encoders.encoder import EncoderSpec
+from mte_bench.encoders.initial import fresh_encoder
 from mte_bench.records import environment
 
 TRAIN, CLASSES, WIDTH, BATCH, EPOCHS = 1_281_167, 1000, 1536, 1024, 100

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mte_bench.device import autocast, wait
 from mte_bench.encoders.cost import count_macs
-from mte_bench.encoders.encoder import Encoder, EncoderSpec, fresh_encoder
+from mte_bench.encoders.encoder import Encoder, EncoderSpec
+from mte_bench.encoders.initial import fresh_encoder
 from mte_bench.encoders.token_learner import TokenLearnerSettings
 from mte_bench.records import environment
 from options import turns

@@ -7,7 +7,6 @@ to the numbers and writes the output folder, ``record.json`` last.
 
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,12 +18,13 @@ import torch
 from numpy.typing import NDArray
 
 from downstream.features import FeatureDtype, Features, Pass, extract
+from downstream.folders import output_folder, refuse_clash
 from downstream.job import Job, Opened, Wanted
 from downstream.plan import Part, plan, show_plan
 from downstream.task import I_co, ImageProtocol, Material, P, Split, Task, TaskProtocol, WithProtocol
 from mte_bench import records
 from mte_bench.console import log, show_json, show_table
-from mte_bench.data.sources import SPLITS, ImageSet, Subset, parse_source, require_classes
+from mte_bench.data.sources import SPLITS, ImageSet, Subset, require_classes
 from mte_bench.data.sources import Split as SplitName
 from mte_bench.data.transforms import EvaluationTransform
 from mte_bench.device import Place, peak_memory, pick_device, pick_precision
@@ -330,55 +330,6 @@ def evaluation_transform(checkpoint: Checkpoint, protocol: ImageProtocol) -> Eva
     stated = {key: getattr(protocol, key, None) for key in ("resize", "interpolation", "decode")}
     changes = {key: value for key, value in stated.items() if value is not None}
     return EvaluationTransform.check({**transform.model_dump(), **changes}, f"protocol: {', '.join(changes)}")
-
-
-def output_folder(request: Request, task: str, name: str, protocol: TaskProtocol, checkpoint: Checkpoint) -> Path:
-    """``--out``, else a folder in the run folder or (of an ensemble always) under ``runs``.
-
-    Settings changed by ``--set`` add their hash.
-    """
-    if request.out:
-        return Path(request.out)
-    if request.others:
-        texts = [request.checkpoint, *request.others]
-        base = Path("runs") / f"{'+'.join(map(slug, texts))[:100]}-{hash_of(texts)[:6]}"
-    else:
-        base = checkpoint.folder / "evaluations" if checkpoint.folder else Path("runs") / slug(request.checkpoint)
-    parts = [name if name.startswith(task) else f"{task}-{name}", data_name(request.data)]
-    parts += [protocol.hash[:6]] * bool(request.set) + ["smoke"] * request.smoke
-    return base / "-".join(parts)
-
-
-def data_name(source: str) -> str:
-    """A source as part of a file name."""
-    parsed = parse_source(source)
-    options = (f"{key}{value}" for key, value in sorted(parsed.options.items()))
-    return slug("-".join([Path(parsed.path).name or parsed.kind, *options]))
-
-
-def slug(text: str) -> str:
-    """``text`` as part of a file name: of a path its last component, the kind before a colon kept."""
-    kind, colon, rest = text.partition(":")
-    if colon and "/" not in kind:
-        return f"{kind}-{slug(rest)}"
-    if "/" in text or Path(text).suffix in (".pt", ".pth", ".safetensors"):
-        text = Path(text).stem
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "data"
-
-
-def refuse_clash(folder: Path, task: str, subject: Subject, source: str, fingerprint: str) -> None:
-    """Raise ``UserError`` rather than overwrite the record of another task, checkpoint or data in ``folder``, and if it cannot
-    be written: before anything that takes long is done.
-    """
-    records.require_place(folder, task)
-    try:
-        old = records.read_record(folder / records.RECORD_NAME)
-    except UserError:
-        return
-    if old.subject.sha256 != subject.sha256 and old.subject.checkpoint != subject.checkpoint:
-        raise UserError(f"{folder}: holds the record of checkpoint {old.subject.checkpoint}; choose another --out")
-    if old.data.source != source and old.data.fingerprint != fingerprint:
-        raise UserError(f"{folder}: holds a record on {old.data.source}; choose another --out")
 
 
 def _cost(began: float, found: list[Features], device: torch.device) -> Cost:

@@ -18,16 +18,15 @@ from downstream.evaluate import (
     evaluation_transform,
     load_protocol,
     open_split,
-    output_folder,
     pass_of,
     percentage,
     precision_name,
-    refuse_clash,
     require_labels,
     settings_of,
     show_result,
     write_predictions,
 )
+from downstream.folders import output_folder, refuse_clash
 from downstream.job import Job, Opened
 from downstream.task import top_metrics
 from downstream.tuning.estimate import estimate

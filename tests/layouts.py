@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mte_bench.encoders.checkpoint import Checkpoint, save_auxiliary, save_encoder
-from mte_bench.encoders.encoder import EncoderSpec, fresh_encoder
+from mte_bench.encoders.encoder import EncoderSpec
 from mte_bench.encoders.heads import Prototypes, StackedMLP
+from mte_bench.encoders.initial import fresh_encoder
 from mte_bench.encoders.tokens import AuxiliarySettings, AuxiliaryTokens
 
 SMALL = EncoderSpec(

@@ -17,7 +17,7 @@ import torch
 from layouts import METADATA, SMALL, agrees, dino_head, features, plain, run_folder, save, tiny
 from mte_bench.encoders.checkpoint import open_checkpoint, save_encoder, weights_hash
 from mte_bench.encoders.commands import export, inspect
-from mte_bench.encoders.encoder import fresh_encoder
+from mte_bench.encoders.initial import fresh_encoder
 from mte_bench.encoders.tokens import MultiToken
 from mte_bench.encoders.weight_files import read_metadata
 from mte_bench.errors import UserError

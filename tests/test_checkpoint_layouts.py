@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from layouts import SMALL, agrees, as_original_swin, dino_head, features, plain, prefixed, save, swin, tiny
 from mte_bench.encoders.checkpoint import open_checkpoint, weights_hash
 from mte_bench.encoders.commands import export, inspect
-from mte_bench.encoders.encoder import fresh_encoder
 from mte_bench.encoders.families import read_foreign
+from mte_bench.encoders.initial import fresh_encoder
 from mte_bench.errors import UserError
 
 

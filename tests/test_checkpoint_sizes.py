@@ -10,7 +10,8 @@ import torch
 from layouts import agrees, dino_head, features, plain, prefixed, run_folder, save, swin, tiny
 from mte_bench.encoders.checkpoint import open_checkpoint, save_encoder
 from mte_bench.encoders.commands import export, inspect
-from mte_bench.encoders.encoder import EncoderSpec, fresh_encoder
+from mte_bench.encoders.encoder import EncoderSpec
+from mte_bench.encoders.initial import fresh_encoder
 from mte_bench.errors import UserError
 
 

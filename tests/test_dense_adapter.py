@@ -11,7 +11,8 @@ from timm.layers import resample_abs_pos_embed
 
 from downstream.dense.adapter import Backbone, parameter_groups
 from downstream.dense.operators import Operators
-from mte_bench.encoders.encoder import EncoderSpec, build_encoder, fresh_encoder
+from mte_bench.encoders.encoder import EncoderSpec, build_encoder
+from mte_bench.encoders.initial import fresh_encoder
 from mte_bench.errors import UserError
 from tests.tiny import random
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mte_bench.encoders.encoder import Encoder, EncoderSpec, Sight, Tokens, build_encoder, dino_init, fresh_encoder
+from mte_bench.encoders.encoder import Encoder, EncoderSpec, Sight, Tokens, build_encoder
+from mte_bench.encoders.initial import dino_init, fresh_encoder
 from mte_bench.errors import UserError
 
 VIT = EncoderSpec(arch="vit_tiny_patch16_224", image_size=32, patch_size=8, options={"embed_dim": 48, "depth": 3, "num_heads": 3})

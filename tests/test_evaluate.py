@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from downstream import commands
-from downstream.evaluate import Request, percentage, slug
+from downstream.evaluate import Request, percentage
 from downstream.features import Pass, extract
+from downstream.folders import slug
 from downstream.knn import KNN_TASK
 from downstream.linear import LINEAR
 from downstream.task import Split

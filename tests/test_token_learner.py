@@ -14,7 +14,8 @@ from benchmarks.formulas import TINY as MODEL
 from mte_bench.encoders.checkpoint import open_checkpoint, save_encoder
 from mte_bench.encoders.commands import export
 from mte_bench.encoders.cost import count_macs
-from mte_bench.encoders.encoder import Encoder, EncoderSpec, build_encoder, fresh_encoder
+from mte_bench.encoders.encoder import Encoder, EncoderSpec, build_encoder
+from mte_bench.encoders.initial import fresh_encoder
 from mte_bench.encoders.token_learner import TokenFuser, TokenLearner
 from mte_bench.encoders.tokens import AdaptivePooling, AuxiliarySettings, AuxiliaryTokens, MultiToken
 from mte_bench.errors import UserError

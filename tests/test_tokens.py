@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from mte_bench.encoders.correlation import correlate, weighted_pooling
-from mte_bench.encoders.encoder import Encoder, EncoderSpec, fresh_encoder
+from mte_bench.encoders.encoder import Encoder, EncoderSpec
 from mte_bench.encoders.heads import Fusion, Prototypes, StackedMLP
+from mte_bench.encoders.initial import fresh_encoder
 from mte_bench.encoders.tokens import AdaptivePooling, AuxiliarySettings, AuxiliaryTokens, MultiToken
 from mte_bench.errors import UserError
 from tiny import random, shaken

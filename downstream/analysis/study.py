@@ -21,16 +21,15 @@ from downstream.evaluate import (
     evaluation_transform,
     load_protocol,
     open_split,
-    output_folder,
     pass_of,
     precision_name,
-    refuse_clash,
     require_labels,
     require_readable,
     settings_of,
     subject_title,
 )
 from downstream.features import Pass, decoded_batches
+from downstream.folders import output_folder, refuse_clash
 from downstream.job import Job, Opened
 from downstream.plan import seconds_of
 from downstream.task import ImageProtocol, WithProtocol

@@ -18,17 +18,8 @@ import numpy as np
 from downstream.analysis.lookup import GLOBAL, Classify, ProbesProtocol, TokenRidge, predictions, prepare_tokens
 from downstream.analysis.study import Prepared, Resolved, Seen, look, plan_of, resolve
 from downstream.analysis.tracks_picture import Track, draw_tracks
-from downstream.evaluate import (
-    Request,
-    carry_out,
-    evaluation_transform,
-    output_folder,
-    percentage,
-    precision_name,
-    refuse_clash,
-    slug,
-    subject_title,
-)
+from downstream.evaluate import Request, carry_out, evaluation_transform, percentage, precision_name, subject_title
+from downstream.folders import output_folder, refuse_clash, slug
 from downstream.job import Job, Opened
 from mte_bench import __version__, records
 from mte_bench.console import log, show_json, show_table

@@ -16,25 +16,17 @@ import torch
 from downstream.dense import openmmlab
 from downstream.dense.batches import Truth
 from downstream.dense.protocol import DenseProtocol
-from downstream.evaluate import (
-    Request,
-    carry_out,
-    load_protocol,
-    output_folder,
-    pass_of,
-    precision_name,
-    refuse_clash,
-    settings_of,
-    show_result,
-)
+from downstream.evaluate import Request, carry_out, load_protocol, pass_of, precision_name, settings_of, show_result
 from downstream.features import Pass
+from downstream.folders import output_folder, refuse_clash
 from downstream.job import Job, Opened
 from mte_bench import distributed, records
 from mte_bench.data.sources import SPLITS, ImageSet, Split, parse_source
 from mte_bench.dense.resampling import IMAGES_NAME
 from mte_bench.device import peak_memory
 from mte_bench.encoders.checkpoint import Checkpoint
-from mte_bench.encoders.encoder import Encoder, EncoderSpec, fresh_encoder
+from mte_bench.encoders.encoder import Encoder, EncoderSpec
+from mte_bench.encoders.initial import fresh_encoder
 from mte_bench.encoders.weight_files import read_metadata, read_safetensors, write_safetensors
 from mte_bench.errors import UserError
 from mte_bench.files import hash_of, sha256_file

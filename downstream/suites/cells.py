@@ -24,7 +24,8 @@ from typing import Any, Protocol
 
 from pydantic import Field, model_validator
 
-from downstream.evaluate import Request, data_name, load_protocol, slug
+from downstream.evaluate import Request, load_protocol
+from downstream.folders import data_name, slug
 from downstream.job import Job, Opened
 from downstream.task import TaskProtocol
 from mte_bench.data.sources import parse_source

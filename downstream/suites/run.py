@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from downstream.evaluate import slug
+from downstream.folders import slug
 from downstream.suites.cells import cells_of, load_suite
 from downstream.suites.show import show_dry_run, show_results
 from downstream.suites.work import work

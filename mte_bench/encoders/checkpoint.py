@@ -24,9 +24,10 @@ import yaml
 from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
-from mte_bench.encoders.encoder import Encoder, EncoderSpec, build_encoder, fresh_encoder
+from mte_bench.encoders.encoder import Encoder, EncoderSpec, build_encoder
 from mte_bench.encoders.families import METHODS, Found, classifier_of, first_few, read_foreign
 from mte_bench.encoders.heads import Prototypes, StackedMLP
+from mte_bench.encoders.initial import fresh_encoder
 from mte_bench.encoders.positions import resized_positions
 from mte_bench.encoders.tokens import AuxiliarySettings, AuxiliaryTokens, MultiToken, TokenHeads
 from mte_bench.encoders.weight_files import read_metadata, read_pickle, read_safetensors, write_safetensors

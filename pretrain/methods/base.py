@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mte_bench import settings
-from mte_bench.encoders.encoder import Encoder, dino_init
+from mte_bench.encoders.encoder import Encoder
+from mte_bench.encoders.initial import dino_init
 from pretrain.masks import Masking
 
 
