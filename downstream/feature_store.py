@@ -76,7 +76,8 @@ class FeatureStore:
         count = self.blocks[-1].rows if self.blocks else 0
         if not count:
             return np.empty((0, self.width), self.dtype)
-        return np.memmap(self._path, self.dtype, "r", offset=len(self._header(0)), shape=(count, self.width))
+        with self._explained():
+            return np.memmap(self._path, self.dtype, "r", offset=len(self._header(0)), shape=(count, self.width))
 
     @contextmanager
     def locked(self, wait: bool = True) -> Iterator[bool]:

@@ -203,10 +203,15 @@ def _share(stores: Stores, spans: list[tuple[int, int]], images: ImageSet, task:
                 return  # the pieces have been joined
             pieces = {kind: store.piece(start, stop) for kind, store in stores.items()}
             pieces = {kind: piece for kind, piece in pieces.items() if not piece.finished(stop - start)}
-            with ExitStack() as locks:
-                if pieces and _lock(pieces, locks, wait):
-                    title = f"features of {images.split}, piece {number + 1} of {len(spans)}"
-                    _complete(pieces, _part(images, start, stop), task, title)
+            title = f"features of {images.split}, piece {number + 1} of {len(spans)}"
+            try:
+                with ExitStack() as locks:
+                    if pieces and _lock(pieces, locks, wait):
+                        _complete(pieces, _part(images, start, stop), task, title)
+            except (OSError, UserError):
+                if not all(store.finished(len(images)) for store in stores.values()):
+                    raise
+                return  # another process has the whole, and has removed the pieces under this one's hands
 
 
 def _join(stores: Stores, spans: list[tuple[int, int]], images: ImageSet, task: _Task) -> None:

@@ -1,8 +1,10 @@
 """A pass that several processes share: the same bytes as one alone, whoever is killed, late or absent."""
 
+import itertools
 import multiprocessing
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from downstream.features import extract
 from drawn import TRANSFORM, Drawn, alive, decoded, encoder, flip, how
 from mte_bench import cli
 from mte_bench.device import Place, refuse_shared
-from mte_bench.errors import CorruptImage
+from mte_bench.errors import CorruptImage, UserError
 
 KINDS = ["global", "patch-mean"]
 
@@ -80,6 +82,41 @@ def test_a_single_process_goes_on_with_the_pieces(tmp_path):
     extract(encoder(), "w", Drawn(96, log=log), TRANSFORM, KINDS, how(cache))
     assert decoded(log) == list(range(40, 96))
     assert written(cache) == alone(tmp_path / "alone")
+
+
+@pytest.fixture
+def vanish(monkeypatch, tmp_path):
+    """Lets another process have all of ``finished`` in the cache, and remove the pieces, at the ``at``-th sync of a file."""
+
+    def prepare(at, finished):
+        calls, sync = itertools.count(), os.fsync
+
+        def overtaken(file):
+            if next(calls) == at:
+                shutil.copytree(finished, tmp_path / "cache", dirs_exist_ok=True)
+                for pieces in (tmp_path / "cache").glob("*/pieces"):
+                    shutil.rmtree(pieces)
+            sync(file)
+
+        monkeypatch.setattr(os, "fsync", overtaken)
+
+    return prepare
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 16, 17])
+def test_pieces_that_vanish_since_another_has_the_whole(tmp_path, vanish, at):
+    """At odd numbers the state of a piece is being written beside its name, at even ones its rows."""
+    expected = alone(tmp_path / "alone")
+    vanish(at, tmp_path / "alone")
+    extract(encoder(), "w", Drawn(96), TRANSFORM, KINDS, how(tmp_path / "cache", processes=2))
+    assert written(tmp_path / "cache") == expected
+
+
+def test_pieces_that_vanish_and_nobody_has_the_whole(tmp_path, vanish):
+    (tmp_path / "nothing").mkdir()
+    vanish(1, tmp_path / "nothing")
+    with pytest.raises(UserError, match="features cannot be kept there"):
+        extract(encoder(), "w", Drawn(96), TRANSFORM, KINDS, how(tmp_path / "cache", processes=2))
 
 
 # Processes ---------------------------------------------------------------------------------------------------------------
