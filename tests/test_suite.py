@@ -243,6 +243,8 @@ def test_mistakes_on_the_command_line(place: Path, error_line: Callable[..., str
         "partitoin=gpu": "unknown key 'partitoin' (did you mean 'partition'?)",
         "partition": "--slurm partition: write it as key=value",
         "workers=0": "--slurm workers=0: a whole number from 1",
+        "workers=yes": "--slurm workers=True: a whole number from 1",
+        "max_num_timeout=-1": "--slurm max_num_timeout=-1: a whole number from 0",
         "cluster=moon": "--slurm cluster=moon: slurm or local",
         "timeout_min=soon": '--slurm: Parameter "timeout_min" expected type',
     }.items():

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -173,13 +174,22 @@ def test_torchrun_divides_the_cells(place: Path, undisturbed: dict[str, Any]) ->
     assert facts(place) == undisturbed
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_submitted_workers_do_the_suite(workers: int, place: Path, undisturbed: dict[str, Any]) -> None:
-    """submitit with processes of this machine in SLURM's place."""
+@pytest.mark.parametrize(
+    ("cluster", "workers"),
+    [
+        ("local", 1),
+        pytest.param("local", 2, marks=pytest.mark.slow),
+        pytest.param("slurm", 2, marks=[pytest.mark.slow, pytest.mark.skipif(not shutil.which("sbatch"), reason="no SLURM")]),
+    ],
+)
+def test_submitted_workers_do_the_suite(cluster: str, workers: int, place: Path, undisturbed: dict[str, Any]) -> None:
+    """By SLURM where there is one, and with processes of this machine in its place."""
     from downstream.suites.submit import submit
 
     name = str(place / "suite.yaml")
-    assignments = ["cluster=local", f"workers={workers}", "timeout_min=5", "slurm_partition=none"]
+    assignments = [f"cluster={cluster}", f"workers={workers}", "timeout_min=5", "cpus_per_task=1"]
+    if cluster == "local":
+        assignments.append("slurm_partition=none")
     jobs = submit(load_suite(name), name, place / "out", options(place), assignments)
     assert [job.result() for job in jobs] == [0] * workers
     assert facts(place) == undisturbed

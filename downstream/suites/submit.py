@@ -20,7 +20,8 @@ from mte_bench.errors import UserError, did_you_mean
 
 GENERIC = ("name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node")
 """submitit's names for what every kind of cluster has; its others belong to SLURM."""
-OWN = {"workers": 1, "cluster": "slurm"}
+OWN = {"workers": 1, "cluster": "slurm", "max_num_timeout": 3}
+"""The project's own, and what submitit takes before all others: how often a worker that is out of time is queued again."""
 LOGS = "slurm"
 
 
@@ -50,8 +51,8 @@ class Worker:
 def submit(suite: Suite, name: str, out: Path, options: Mapping[str, Any], assignments: Sequence[str]) -> list[Any]:
     """Submit the suite's workers and say where to look; returns submitit's jobs.
 
-    ``assignments`` are ``key=value``: ``workers``, ``cluster`` (slurm or local) and what submitit calls its parameters, with
-    or without the prefix ``slurm_``. Raises ``UserError`` for unknown ones and where submitit or SLURM is missing.
+    ``assignments`` are ``key=value``: those of ``OWN`` (``cluster`` is slurm or local) and what submitit calls its parameters,
+    with or without the prefix ``slurm_``. Raises ``UserError`` for unknown ones and where submitit or SLURM is missing.
     """
     try:
         import submitit
@@ -60,7 +61,7 @@ def submit(suite: Suite, name: str, out: Path, options: Mapping[str, Any], assig
     own, parameters = _parameters(assignments, submitit.SlurmExecutor._valid_parameters())
     logs = out / LOGS
     try:
-        executor = submitit.AutoExecutor(folder=logs, cluster=own["cluster"])
+        executor = submitit.AutoExecutor(logs, cluster=own["cluster"], slurm_max_num_timeout=own["max_num_timeout"])
         executor.update_parameters(**{"name": f"mte-bench-{out.name}", **parameters})
         workers = [Worker(suite, name, str(out), dict(options), Place(rank, own["workers"])) for rank in range(own["workers"])]
         with executor.batch():
@@ -88,8 +89,9 @@ def _parameters(assignments: Sequence[str], of_slurm: set[str]) -> tuple[dict[st
             parameters[f"slurm_{key}"] = value
         else:
             raise UserError(f"--slurm {assignment}: unknown key '{key}'{did_you_mean(key, {*own, *GENERIC, *of_slurm})}")
-    if not isinstance(own["workers"], int) or own["workers"] < 1:
-        raise UserError(f"--slurm workers={own['workers']}: a whole number from 1")
+    for key, least in (("workers", 1), ("max_num_timeout", 0)):
+        if not isinstance(own[key], int) or isinstance(own[key], bool) or own[key] < least:
+            raise UserError(f"--slurm {key}={own[key]}: a whole number from {least}")
     if own["cluster"] not in ("slurm", "local"):
         raise UserError(f"--slurm cluster={own['cluster']}: slurm or local")
     return own, parameters
