@@ -49,7 +49,7 @@ SMALL_BANK, LEAST_QUERIES = 50_000, 512
 K = (20, 200)
 TILE = 2048, 4096  # queries and rows of the floor's products: the fastest of six shapes from 1024 x 4096 to 4096 x 8192
 DINO_CHUNK = 500  # a hundredth of the queries
-MEMORY_ROWS = 1 << 13
+MEMORY_ROWS = 350_000  # more than a block of the bank
 
 
 def make_features(path: Path, n: int, width: int, by_class: bool, seed: int) -> NDArray[np.float32]:

@@ -25,6 +25,7 @@ from mte_bench.knn_search import PLAIN_ROWS, Nearest, Propose, best_of, plain, p
 LIBRARIES = ("auto", "tiles", "torch", "faiss")
 _MOST_ON_GPU = 2048  # neighbours that FAISS selects on a GPU
 _FAISS_ROWS = 4096  # of the bank in one product; FAISS's own 1024 take a tenth longer
+_FAISS_VALUES = 1 << 27  # of a block of the bank (512 MiB): in smaller ones more rows enter the nearest for a while
 MANY = 512  # queries; FAISS 1.15 takes five times as long for each of 300 or fewer as for each of 400 or more
 
 
@@ -55,7 +56,8 @@ def _on_cpu(queries: Tensor, bank: Bank, m: int) -> tuple[Tensor, Tensor]:
     """The faster ``Propose`` of a CPU for so many queries."""
     if len(queries) < MANY:
         return propose_in_tiles(queries, bank, m)
-    return propose_by_blocks(queries, bank.blocks(PLAIN_ROWS), m, _faiss(bank.device))
+    rows = max(1, _FAISS_VALUES // bank.features.shape[1])
+    return propose_by_blocks(queries, bank.blocks(rows), m, _faiss(bank.device))
 
 
 def _faiss_on_gpu(m: int) -> bool:

@@ -121,12 +121,32 @@ def test_a_bank_in_a_file_gives_what_it_gives_in_memory_and_is_read_in_blocks(dt
     rows, asked = features(777).astype(dtype), features(21, seed=1)
     np.save(tmp_path / "bank.npy", rows)
     bank = np.load(tmp_path / "bank.npy", mmap_mode="r")
-    read, whole = [], Bank.rows
-    monkeypatch.setattr(Bank, "rows", lambda self, which: read.append(len(found := whole(self, which))) or found)
+    read, blocks = [], Bank.blocks
+
+    def noted(*arguments):
+        for first, block in blocks(*arguments):
+            read.append(len(block))
+            yield first, block
+
+    monkeypatch.setattr(Bank, "blocks", noted)
     found = KNN(k=(10,)).fit(bank, np.zeros(777, int)).neighbours(asked)
-    assert max(read[:13]) == 64 and sum(read[:13]) == 777  # once through the bank, then the candidates
+    assert read == 12 * [64] + [9]
     expected = KNN(k=(10,), library="torch").fit(rows, np.zeros(777, int)).neighbours(asked)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_blocks_are_the_rows_in_one_piece_of_memory(dtype, tmp_path):
+    rows = features(100).astype(dtype)
+    rows[3] = 0
+    np.save(tmp_path / "bank.npy", rows)
+    expected = torch.nn.functional.normalize(torch.from_numpy(rows).float(), dim=1)
+    for given in (rows, np.load(tmp_path / "bank.npy", mmap_mode="r"), rows.repeat(2, axis=0)[::2]):
+        found = [(first, block.clone(), block.data_ptr()) for first, block in Bank(given).blocks(32, 10, 90)]
+        assert [first for first, *_ in found] == [10, 42, 74] and len({place for *_, place in found}) == 1
+        assert torch.equal(torch.cat([block for _, block, _ in found]), expected[10:90])
+        assert torch.equal(Bank(given).rows(slice(10, 90)), expected[10:90])
+    assert np.array_equal(rows, np.load(tmp_path / "bank.npy"))  # nobody wrote to them
 
 
 def test_queries_beyond_the_memory_set_aside_are_searched_in_turns(monkeypatch):
