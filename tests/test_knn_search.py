@@ -205,7 +205,10 @@ def test_cuda_without_a_number_is_every_device(monkeypatch):
 ANONYMOUS = """
 import sys, threading, time
 import numpy as np
+from downstream import neighbours
 from downstream.knn import KNN
+
+neighbours._FAISS_VALUES = 1 << 24
 
 def resident():
     lines = open("/proc/self/status").read().splitlines()
@@ -229,7 +232,8 @@ print(most[0])
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_ten_times_the_bank_takes_the_same_memory(tmp_path):
-    n, width = 700_000, 384  # a tenth of it already fills the largest block that a search reads at once
+    """With blocks of an eighth of the usual size, so that a tenth of the bank already fills one."""
+    n, width = 700_000, 384
     bank = np.lib.format.open_memmap(tmp_path / "bank.npy", "w+", np.float16, (n, width))
     generator = np.random.default_rng(0)
     for start in range(0, n, 10_000):
