@@ -237,7 +237,7 @@ def test_mistakes_are_told_before_anything_is_done(
     assert not (place / "runs").exists()
 
 
-def test_mistakes_on_the_command_line(place: Path, error_line: Callable[..., str]) -> None:
+def test_mistakes_on_the_command_line(place: Path, error_line: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no suite named 'frozn' (did you mean 'frozen'?)" in error_line("run", "frozn")
     for given, expected in {
         "partitoin=gpu": "unknown key 'partitoin' (did you mean 'partition'?)",
@@ -250,6 +250,7 @@ def test_mistakes_on_the_command_line(place: Path, error_line: Callable[..., str
     }.items():
         local = ["--slurm", "cluster=local"] if "cluster" not in given else []
         assert expected in error_line("run", "suite.yaml", "--out", "out", *local, "--slurm", given)
+    monkeypatch.setenv("PATH", str(place))  # nor is there a SLURM where there is one
     assert "cluster=local does without SLURM" in error_line("run", "suite.yaml", "--slurm", "workers=2")
     (place / "file").touch()
     assert "file/A/knn-" in (line := error_line("run", "suite.yaml", "--out", "file")) and "choose another --out" in line
