@@ -129,9 +129,29 @@ class FeatureStore:
         corrupt = [item._replace(image=start + item.image) for item in piece.corrupt]
         self.commit(stop, corrupt, piece.seconds, piece.waiting)
 
+    @contextmanager
+    def pieces_kept(self) -> Iterator[None]:
+        """Inside, no other process removes the pieces; as many processes as like may be inside."""
+        with self._explained():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(self._sharing, "a+")  # noqa: SIM115 - closed below
+        try:
+            with self._explained():
+                fcntl.lockf(lock, fcntl.LOCK_SH)
+            yield
+        finally:
+            lock.close()
+
     def forget_pieces(self) -> None:
-        """Remove what the pieces take on the disk."""
-        shutil.rmtree(self._pieces, ignore_errors=True)
+        """Remove what the pieces take on the disk, unless another process is at them: then that one will, when it is done."""
+        if not self.shared:
+            return
+        with open(self._sharing, "a+") as lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                return
+            shutil.rmtree(self._pieces, ignore_errors=True)
 
     def resumable(self, batch_size: int) -> set[int]:
         """Numbers of images behind which a pass with this batch size can go on."""
@@ -192,6 +212,10 @@ class FeatureStore:
     @property
     def _pieces(self) -> Path:
         return self.folder / "pieces"
+
+    @property
+    def _sharing(self) -> Path:
+        return self.folder / "sharing"
 
     @property
     def _state(self) -> Path:

@@ -112,7 +112,10 @@ def extract(
     unfinished = {kind: store for kind, store in stores.items() if not store.finished(len(images))}
     shared = how.processes > 1 or any(store.shared for store in unfinished.values())
     if shared:
-        _share(unfinished, spans, images, task)
+        with ExitStack() as kept:
+            for store in unfinished.values():
+                kept.enter_context(store.pieces_kept())
+            _share(unfinished, spans, images, task)
     with ExitStack() as locks:
         _lock(stores, locks)
         missing = _missing(stores, len(images))
@@ -203,15 +206,10 @@ def _share(stores: Stores, spans: list[tuple[int, int]], images: ImageSet, task:
                 return  # the pieces have been joined
             pieces = {kind: store.piece(start, stop) for kind, store in stores.items()}
             pieces = {kind: piece for kind, piece in pieces.items() if not piece.finished(stop - start)}
-            title = f"features of {images.split}, piece {number + 1} of {len(spans)}"
-            try:
-                with ExitStack() as locks:
-                    if pieces and _lock(pieces, locks, wait):
-                        _complete(pieces, _part(images, start, stop), task, title)
-            except (OSError, UserError):
-                if not all(store.finished(len(images)) for store in stores.values()):
-                    raise
-                return  # another process has the whole, and has removed the pieces under this one's hands
+            with ExitStack() as locks:
+                if pieces and _lock(pieces, locks, wait):
+                    title = f"features of {images.split}, piece {number + 1} of {len(spans)}"
+                    _complete(pieces, _part(images, start, stop), task, title)
 
 
 def _join(stores: Stores, spans: list[tuple[int, int]], images: ImageSet, task: _Task) -> None:

@@ -84,37 +84,15 @@ def test_a_single_process_goes_on_with_the_pieces(tmp_path):
     assert written(cache) == alone(tmp_path / "alone")
 
 
-@pytest.fixture
-def vanish(monkeypatch, tmp_path):
-    """Lets another process have all of ``finished`` in the cache, and remove the pieces, at the ``at``-th sync of a file."""
+def test_a_cache_that_somebody_empties_meanwhile(tmp_path, monkeypatch):
+    calls, sync = itertools.count(), os.fsync
 
-    def prepare(at, finished):
-        calls, sync = itertools.count(), os.fsync
+    def emptied(file):
+        if next(calls) == 1:
+            shutil.rmtree(tmp_path / "cache")
+        sync(file)
 
-        def overtaken(file):
-            if next(calls) == at:
-                shutil.copytree(finished, tmp_path / "cache", dirs_exist_ok=True)
-                for pieces in (tmp_path / "cache").glob("*/pieces"):
-                    shutil.rmtree(pieces)
-            sync(file)
-
-        monkeypatch.setattr(os, "fsync", overtaken)
-
-    return prepare
-
-
-@pytest.mark.parametrize("at", [0, 1, 2, 3, 16, 17])
-def test_pieces_that_vanish_since_another_has_the_whole(tmp_path, vanish, at):
-    """At odd numbers the state of a piece is being written beside its name, at even ones its rows."""
-    expected = alone(tmp_path / "alone")
-    vanish(at, tmp_path / "alone")
-    extract(encoder(), "w", Drawn(96), TRANSFORM, KINDS, how(tmp_path / "cache", processes=2))
-    assert written(tmp_path / "cache") == expected
-
-
-def test_pieces_that_vanish_and_nobody_has_the_whole(tmp_path, vanish):
-    (tmp_path / "nothing").mkdir()
-    vanish(1, tmp_path / "nothing")
+    monkeypatch.setattr(os, "fsync", emptied)
     with pytest.raises(UserError, match="features cannot be kept there"):
         extract(encoder(), "w", Drawn(96), TRANSFORM, KINDS, how(tmp_path / "cache", processes=2))
 
@@ -192,6 +170,40 @@ def test_shared_and_single_passes_at_once(tmp_path, start):
     expected = alone(tmp_path / "alone")
     assert all(np.array_equal(single.arrays[kind], result[kind]) for result in results for kind in KINDS)
     assert sorted(path.read_bytes() for path in Path(cache).glob("*/features.npy")) == expected
+
+
+class Held(Drawn):
+    """Images of which one, once ``reached``, is there when it may ``go`` on."""
+
+    def __init__(self, n, reached, go):
+        super().__init__(n)
+        self.reached, self.go = reached, go
+
+    def image(self, index):
+        if index == 20:
+            self.reached.set()
+            self.go.wait()
+        return super().image(index)
+
+
+def held_child(cache, reached, go):
+    extract(encoder(), "w", Held(96, reached, go), TRANSFORM, KINDS, how(cache, processes=2))
+
+
+def test_pieces_stay_while_another_process_is_at_them(tmp_path):
+    """It began when nothing was there; meanwhile somebody has the whole, and a third comes by and tidies up."""
+    context, cache = multiprocessing.get_context("forkserver"), tmp_path / "cache"
+    reached, go = context.Event(), context.Event()
+    process = context.Process(target=held_child, args=(cache, reached, go))
+    process.start()
+    assert reached.wait(60)
+    expected = alone(tmp_path / "alone")
+    shutil.copytree(tmp_path / "alone", cache, dirs_exist_ok=True)
+    assert extract(encoder(), "w", Drawn(96), TRANSFORM, KINDS, how(cache)).cached
+    assert len(list(cache.glob("*/pieces"))) == len(KINDS)
+    go.set()
+    process.join(60)
+    assert process.exitcode == 0 and written(cache) == expected
 
 
 def test_the_place_that_torchrun_gives(monkeypatch):
